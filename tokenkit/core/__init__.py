@@ -6,4 +6,4 @@ __all__ = []
 # %% ../../nbs/core/index.ipynb #cell-004
 from .lazy import attach
 
-__getattr__, __dir__ = attach(__name__, __file__)
+__getattr__, __dir__ = attach(__name__)

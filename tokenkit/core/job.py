@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
 from filelock import FileLock, Timeout
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
@@ -110,7 +108,7 @@ def kernel_manager(job: Job, sockets: str) -> type[AsyncKernelManager]:
 
     environment = {"PYTHONPATH": in_front("PYTHONPATH", job.root), "PATH": in_front("PATH", Path(sys.executable).parent),
                    "TOKENKIT_LANE": job.lane, "PYTHONHASHSEED": "0", **dict.fromkeys(THREAD_VARIABLES, str(job.threads))}
-    spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+    spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=CRITICAL"],
                       language="python", env=environment)
 
     class Kernel(AsyncKernelManager):
@@ -133,6 +131,8 @@ def has_tag(cell: Mapping, tag: str) -> bool:
 
 def execute(job: Job, on_cell: Callable[[int, int], None]) -> None:
     """Run one notebook into the job's partial output. Errors: whatever its cells raise, as papermill reports it."""
+    import nbformat
+    import papermill
     book = nbformat.read(job.notebook, 4)
     lane = {"lane": job.lane} if any(has_tag(c, "parameters") for c in book.cells) else {}
     with tempfile.TemporaryDirectory(prefix="tokenkit-") as sockets:
@@ -148,16 +148,16 @@ def failure_of(error: Exception, # what execute raised
                running: int,     # the cell that was started last
                ) -> Failure:
     """An exception of a run in the words of the source notebook."""
-    raised = isinstance(error, papermill.PapermillExecutionError)
-    index = error.cell_index if raised else running
-    text = "\n".join(error.traceback) if raised and error.traceback else f"{type(error).__name__}: {error}"
+    index = getattr(error, "cell_index", running)
+    text = "\n".join(getattr(error, "traceback", None) or [f"{type(error).__name__}: {error}"])
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     try:
-        executed = [c for c in nbformat.read(job.file(".part.ipynb"), 4).cells if not has_tag(c, "papermill-error-cell-tag")]
+        executed = json.loads(job.file(".part.ipynb").read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError):
         return Failure(None, "", text)
+    executed = [c for c in executed if not has_tag(c, "papermill-error-cell-tag")]
     before = sum(has_tag(c, INJECTED) for c in executed[:index])
-    return Failure(index - before, executed[index].source, text)
+    return Failure(index - before, "".join(executed[index]["source"]), text)
 
 # %% ../../nbs/core/job.ipynb #cell-022
 @contextmanager

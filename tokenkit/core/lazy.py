@@ -6,6 +6,7 @@ __all__ = ['public_names', 'package_index', 'attach']
 # %% ../../nbs/core/lazy.ipynb #cell-005
 import ast
 import importlib
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -31,13 +32,13 @@ def package_index(folder: Path, # a package's folder
 
 # %% ../../nbs/core/lazy.ipynb #cell-011
 def attach(package: str, # the package's `__name__`
-           folder: str,  # the package's `__file__`
            ) -> tuple[Callable, Callable]: # its `__getattr__` and `__dir__`
     """Hooks that import submodules, and the names that they export, when they are first used."""
-    root = Path(folder).parent
+    def index() -> tuple[frozenset[str], dict[str, str]]:
+        return package_index(Path(sys.modules[package].__path__[0]))
 
     def load(name: str):
-        modules, names = package_index(root) if not name.startswith("__") else (frozenset(), {})
+        modules, names = index() if not name.startswith("__") else (frozenset(), {})
         if name in modules:
             return importlib.import_module(f"{package}.{name}")
         if name in names:
@@ -45,7 +46,7 @@ def attach(package: str, # the package's `__name__`
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def listing() -> list[str]:
-        modules, names = package_index(root)
+        modules, names = index()
         return sorted(modules | names.keys())
 
     return load, listing
