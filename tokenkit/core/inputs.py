@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from .lazy import public_names
 LIBRARY = "tokenkit"
 
 
+@lru_cache(maxsize=None)  # by text: the same module is met from many notebooks
 def imported_names(code: str,                      # Python source text
                    package: tuple[str, ...] = (),  # the package it belongs to: what relative imports are relative to
-                   ) -> set[str]:                  # such as {"tokenkit.core.lanes.choose", "tokenkit.zoo"}
+                   ) -> frozenset[str]:            # such as {"tokenkit.core.lanes.choose", "tokenkit.zoo"}
     """What a piece of code imports from tokenkit, as dotted names. Errors: SyntaxError if it is not Python."""
     names = set()
     for node in ast.walk(ast.parse(code)):
@@ -33,7 +35,7 @@ def imported_names(code: str,                      # Python source text
             above = package[:len(package) - node.level + 1] if node.level else ()
             module = ".".join((*above, node.module) if node.module else above)
             names |= {module if alias.name == "*" else f"{module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] == LIBRARY}
+    return frozenset(name for name in names if name.split(".")[0] == LIBRARY)
 
 # %% ../../nbs/core/inputs.ipynb #cell-010
 def files_of(name: str,    # a dotted name, starting with "tokenkit"
@@ -102,6 +104,12 @@ def weight_files(path: str,               # the notebook's path in the catalog, 
 # %% ../../nbs/core/inputs.ipynb #cell-021
 def digest(file: Path) -> str:
     """SHA-256 of a file's content."""
+    stat = file.stat()
+    return _digest(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=None)  # while the file has not been touched
+def _digest(file: Path, time: int, size: int) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

@@ -93,8 +93,8 @@ def standing_result(job: Job) -> RunResult | None:
         key = fingerprint(job.notebook, job.path, job.lane, job.parameters, job.root)
         if record["status"] == "done" and record["fingerprint"] == key and record["output"] == digest(output):
             return RunResult(job.path, "cached", record["seconds"], output=output)
-    except (OSError, ValueError, KeyError):
-        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no record, or not one of ours
     return None
 
 # %% ../../nbs/core/job.ipynb #cell-016
@@ -107,7 +107,8 @@ def kernel_manager(job: Job, sockets: str) -> type[AsyncKernelManager]:
         return os.pathsep.join(filter(None, [str(entry), os.environ.get(name)]))
 
     environment = {"PYTHONPATH": in_front("PYTHONPATH", job.root), "PATH": in_front("PATH", Path(sys.executable).parent),
-                   "TOKENKIT_LANE": job.lane, "PYTHONHASHSEED": "0", **dict.fromkeys(THREAD_VARIABLES, str(job.threads))}
+                   "TOKENKIT_LANE": job.lane, "PYTHONHASHSEED": "0",
+                   "MPLBACKEND": "module://matplotlib_inline.backend_inline", **dict.fromkeys(THREAD_VARIABLES, str(job.threads))}
     spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=CRITICAL"],
                       language="python", env=environment)
 
@@ -183,6 +184,7 @@ def run_job(job: Job,
     with lock(job.file(".lock"), lambda: emit("waiting")):
         if not job.force and (standing := standing_result(job)):
             return standing
+        import papermill as _  # takes seconds that are not the notebook's
         emit("started")
         start, at = time.monotonic(), [0]
 

@@ -152,6 +152,11 @@ def _coordinates(size: int) -> tuple[np.ndarray, np.ndarray]:  # x, y of pixel c
     return np.broadcast_to(axis, (size, size)), np.broadcast_to(axis[:, None], (size, size))
 
 
+def _turn(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine. Double precision, then rounded: processors disagree in the last bit, and an edge shows it."""
+    return np.cos(angle.astype(np.float64)).astype(np.float32), np.sin(angle.astype(np.float64)).astype(np.float32)
+
+
 def _smooth(values: np.ndarray, size: int) -> np.ndarray:  # (B, g, g) -> (B, size, size)
     """Bilinear interpolation of a coarse grid."""
     at = np.linspace(0, values.shape[1] - 1, size, dtype=np.float32)
@@ -164,7 +169,7 @@ def _ground(world: World, p: dict, draws: Draws) -> np.ndarray:  # (B, S, S, 3)
     x, y = _coordinates(world.size)
     angle, cycles = draws.uniform("ground angle", 1, 1, high=np.pi), draws.uniform("ground cycles", 1, 1, low=2, high=4)
     phase = draws.uniform("ground phase", 2, 1, 1, low=10, high=12)
-    cos, sin = np.cos(angle) * cycles, np.sin(angle) * cycles
+    cos, sin = (part * cycles for part in _turn(angle))
     dark = np.empty((len(angle), world.size, world.size), np.float32)
     for kind in np.unique(p["background_textures"]):
         at = p["background_textures"] == kind
@@ -188,7 +193,7 @@ def _stamp(canvas: np.ndarray, owner: np.ndarray, k: int, scene: np.ndarray, sha
     column, row = corner[:, :1] + step, corner[:, 1:] + step
     dx = ((column + np.float32(0.5) - centre[:, :1]) / radius[:, None]).astype(np.float32)[:, None, :]
     dy = ((row + np.float32(0.5) - centre[:, 1:]) / radius[:, None]).astype(np.float32)[:, :, None]
-    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    cos, sin = (part[:, None, None] for part in _turn(angle))
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
     alpha = np.float32(0.5) - look_up(shape[:, None, None], u, v) * radius[:, None, None]
     m, i, j = np.nonzero(alpha > 0)

@@ -143,10 +143,11 @@ def look_up(
     u: np.ndarray,  # (M, P, P) x in the object's own frame
     v: np.ndarray,  # (M, P, P) y in the object's own frame
 ) -> np.ndarray:  # (M, P, P) float32, in units of the object's radius
-    """Signed distances from the table; points beyond it get its border."""
+    """Signed distances from the table; beyond it, the border's distance plus the way to the border."""
     half = np.float32(ATLAS_SIZE / 2 / ATLAS_REACH)
     column, row = (np.clip((w * half + ATLAS_SIZE / 2).astype(np.int32), 0, ATLAS_SIZE - 1) for w in (u, v))
-    return shape_atlas().ravel()[(shape.astype(np.int32) * ATLAS_SIZE + row) * ATLAS_SIZE + column]
+    beyond = np.maximum(np.maximum(np.abs(u), np.abs(v)) - np.float32(ATLAS_REACH), 0)
+    return beyond + shape_atlas().ravel()[(shape.astype(np.int32) * ATLAS_SIZE + row) * ATLAS_SIZE + column]
 
 # %% ../../nbs/core/world_paint.ipynb #cell-026
 TEXTURES = ("plain", "striped", "checked", "dotted", "ringed", "gridded", "wavy", "speckled")

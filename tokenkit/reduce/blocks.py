@@ -172,9 +172,9 @@ def slot_rope(rope: Tensor,     # (S, 2 * D) or (H, S, 2 * D): sines, then cosin
     rope = rope if rope.ndim == 3 else rope.unsqueeze(0)
     patches = index[:, num_prefix:]
     patches = torch.where(patches < 0, -1, patches - num_prefix)
-    angles = rope.transpose(0, 1).flatten(1).expand(len(index), -1, -1)
+    angles = rope.transpose(0, 1).flatten(1).expand(index.shape[0], -1, -1)
     mean = slot_mean(angles, angles.new_ones(*patches.shape, 1), patches, num_out - num_prefix)
-    sine, cosine = mean.unflatten(2, (len(rope), -1)).transpose(1, 2).chunk(2, dim=-1)
+    sine, cosine = mean.unflatten(2, (rope.shape[0], -1)).transpose(1, 2).chunk(2, dim=-1)
     length = (sine.square() + cosine.square()).sqrt().clamp(min=1e-6)
     return torch.cat([sine / length, cosine / length], dim=-1)
 

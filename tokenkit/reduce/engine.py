@@ -117,7 +117,7 @@ class ReducedViT(nn.Module):
         """The tokens after the final norm."""
         x, self.grid, rope = embed_image(self.vit, images)
         fresh = Tokens.fresh(x, self.vit.num_prefix_tokens, self.grid, getattr(self.vit, "cls_token", None) is not None)
-        tokens, self._counts = self.reducer.start(fresh), []
+        tokens, self._counts = self.reducer.start(replace(fresh)), []
         for layer, block in enumerate(self.vit.blocks):
             tokens = self.run_block(layer, block, tokens, fresh, rope)
             self._counts.append(tokens.count)
