@@ -12,7 +12,7 @@ CATALOG = load_catalog()
 ALL = sorted(CATALOG.entries)
 METHODS = [e.path for e in CATALOG.methods()]
 SECTIONS = ["The claim", "The idea", "Build it", "Use it", "Does it work?", "Verdict", "Limits and what to try next", "References"]
-LONGEST_MODULE, LONGEST_CELL, LARGEST_OUTPUT = 300, 60, 900_000
+LONGEST_MODULE, LONGEST_CELL, LARGEST_OUTPUT = 300, 66, 900_000
 
 
 def book(path):

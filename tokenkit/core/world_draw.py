@@ -15,8 +15,8 @@ from .world_paint import BACKGROUNDS, CLUTTER, COLORS, SHAPES, TEXTURES, Draws, 
 SIZES = {"small": (0.20, 0.25), "medium": (0.30, 0.36), "large": (0.42, 0.48)}
 DIFFICULTIES = {
     "easy": dict(busy=0.2, clutter=0, lighting=0.0, noise=0.0, occlusion=0.0, rotation=0.0),
-    "medium": dict(busy=0.6, clutter=2, lighting=0.2, noise=0.02, occlusion=0.1, rotation=12.0),
-    "hard": dict(busy=1.0, clutter=10, lighting=0.35, noise=0.05, occlusion=0.3, rotation=25.0),
+    "medium": dict(busy=0.6, clutter=0, lighting=0.2, noise=0.02, occlusion=0.1, rotation=12.0),
+    "hard": dict(busy=1.0, clutter=8, lighting=0.35, noise=0.05, occlusion=0.3, rotation=20.0),
 }
 ATTRIBUTES = (*SHAPES, *COLORS, *TEXTURES, *BACKGROUNDS)
 
