@@ -16,6 +16,8 @@ def home(tmp_path):
         "reduce/evit.py": "__all__ = ['EViT']\nfrom .engine import Reducer", "reduce/tome.py": "__all__ = ['ToMe']",
         "text/__init__.py": "", "text/bytes.py": "def late():\n    from tokenkit.core import table",
         "weights/reduce/evit.a.safetensors": "A", "weights/reduce/tome.a.safetensors": "T", "weights/text/bytes.b.safetensors": "B",
+        "weights/reduce/tome.partial12": "half", "zoo/__init__.py": "", "zoo/hub.py": "", "zoo/weights/vit-world.safetensors": "Z",
+        "zoo/weights/lm-world.json": "{}",
     }
     for name, text in files.items():
         file = tmp_path / "tokenkit" / name
@@ -80,11 +82,15 @@ def test_ipython_syntax_is_understood():
 
 def test_weights_of_imported_families_count_and_own_ones_are_outputs_of_the_long_lane(home, monkeypatch):
     monkeypatch.delenv("TOKENKIT_WEIGHTS", raising=False)
+    monkeypatch.delenv("TOKENKIT_ZOO", raising=False)
     modules = library_files({"tokenkit.reduce.evit"}, home)
     both = {"weights/reduce/evit.a.safetensors", "weights/reduce/tome.a.safetensors"}
     assert short(weight_files("reduce/evit", modules, "cpu", home), home) == both
     assert short(weight_files("reduce/evit", modules, "long", home), home) == {"weights/reduce/tome.a.safetensors"}
     assert short(weight_files("text/page", modules, "cpu", home), home) == both | {"weights/text/bytes.b.safetensors"}
+    zoo = library_files({"tokenkit.zoo.hub"}, home)
+    assert short(weight_files("reduce/new", zoo, "cpu", home), home) == both | {"zoo/weights/vit-world.safetensors", "zoo/weights/lm-world.json"}
+    assert short(weight_files("zoo/vit_world", zoo, "long", home), home) == {"zoo/weights/lm-world.json"}
 
 
 def keys(home, page, **changes):

@@ -157,7 +157,7 @@ def check_files(folder):
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_killed_at_random_moments_then_resumed_by_two_at_once(tmp_path):
-    names = list("abcde")
+    names = list("abcd")
     for name in names:
         page_that_keeps_a_diary(tmp_path, name)
     luck = random.Random()
@@ -166,7 +166,7 @@ def test_killed_at_random_moments_then_resumed_by_two_at_once(tmp_path):
         for line in process.stdout:
             if line.split()[-1] == "started":
                 break
-        time.sleep(luck.uniform(0, 4))
+        time.sleep(luck.uniform(0, 3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         patience = time.monotonic() + 15

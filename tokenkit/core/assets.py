@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .cache import Asset, AssetError, cache_dir, fault, obtain
-from .hub import (SentenceEncoder, hub_causal_lm, hub_dataset, hub_encoder, load_causal_lm, load_encoder, needs,
+from .cache import Asset, AssetError, fault, obtain
+from .hub import (SentenceEncoder, hub_causal_lm, hub_encoder, load_causal_lm, load_encoder, needs,
                                quiet, timm_model)
 
 if TYPE_CHECKING:

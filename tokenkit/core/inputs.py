@@ -95,11 +95,13 @@ def weight_files(path: str,               # the notebook's path in the catalog, 
     """Shipped weights and records that a notebook may load."""
     family, _, method = path.rpartition("/")
     library = Path(root) / LIBRARY
-    folder = Path(os.environ.get("TOKENKIT_WEIGHTS") or library / "weights")
+    shelves = Path(os.environ.get("TOKENKIT_WEIGHTS") or library / "weights")
+    zoo = Path(os.environ.get("TOKENKIT_ZOO") or library / "zoo" / "weights")
     families = {family} | {m.relative_to(library).parts[0] for m in modules if m.parent != library}
-    files = {f for name in families if name for f in (folder / name).rglob("*") if f.is_file()}
-    own = folder / family
-    return {f for f in files if not (lane == "long" and f.parent == own and f.name.split(".")[0] == method)}
+    folders = {name: zoo if name == "zoo" else shelves / name for name in families - {""}}
+    files = {f for folder in folders.values() for f in folder.glob("*") if f.suffix in (".safetensors", ".json")}
+    made = {f for f in files if f.parent == folders.get(family) and f.name.replace("-", "_").startswith(method)}
+    return files - made if lane == "long" else files
 
 # %% ../../nbs/core/inputs.ipynb #cell-021
 def digest(file: Path) -> str:

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Encode', 'Groups', 'NEVER', 'SPACE', 'BLANK', 'LETTER', 'NUMBER', 'SIGN', 'BROKEN', 'CONTRACTIONS', 'WHITE',
            'continuations', 'Merges', 'merges_of', 'character_kind', 'first_kind', 'open_contraction', 'splitting',
-           'Boundaries']
+           'Boundaries', 'spellings']
 
 # %% ../../nbs/text/boundaries.ipynb #cell-005
 import json
@@ -151,7 +151,7 @@ class Boundaries:
         self.added = {i: str(token).encode() for i, token in tokenizer.added_tokens_decoder.items()}
         if self.rule:
             self._prepare()
-        self._groups = lru_cache(maxsize=256)(self._find_groups)
+        self._spellings = lru_cache(maxsize=256)(lambda head: spellings(self, head))
 
     def _prepare(self) -> None:
         entries = [entry or b"" for entry in self.vocab]
@@ -183,7 +183,7 @@ class Boundaries:
               ) -> Groups:
         """The candidates that may follow `head`, in groups by spelling of the head: what `continuations` returns."""
         v = self.every if candidates is None else np.asarray(candidates, dtype=np.int64)
-        groups, unsure = self._groups(head)
+        groups, unsure = self._spellings(head)
         found: dict[tuple[int, ...], list[np.ndarray]] = {}
         for ids, allowed in groups:
             found.setdefault(ids, []).append(v[allowed[v]])
@@ -192,12 +192,17 @@ class Boundaries:
         return [(ids, np.sort(np.concatenate(parts))) for ids, parts in found.items() if sum(map(len, parts))]
 
 # %% ../../nbs/text/boundaries.ipynb #cell-030
-def _find_groups(self: Boundaries, head: bytes) -> tuple[list[tuple[tuple[int, ...], np.ndarray]], np.ndarray]:
-    """Spellings of `head` with the entries (V,) that may follow each, and the entries (V,) that have to be tried."""
+WHITE = "".join(chr(c) for c in range(0x3001) if character_kind(chr(c)) in (SPACE, BLANK))
+
+
+def spellings(self: Boundaries, head: bytes) -> tuple[list[tuple[tuple[int, ...], np.ndarray]], np.ndarray]:
+    """Each spelling of `head` with a mask (V,) of the entries that may follow; and a mask of those that have to be tried."""
     unsure = np.zeros(len(self.vocab), dtype=bool)
     ids = tuple(self.encode(head)) if self.rule and head else ()
     if not self.rule or self.rule == "whole" and not head or any(i in self.added for i in ids[-4:]):
         return [], ~unsure
+    if b"".join(self.vocab[i] or b"" for i in ids) != head: # it holds a special token, or bytes that have no entry
+        return [], unsure
     for content in self.added.values():
         for n in range(1, len(content)):
             if head.endswith(content[:n]):
@@ -231,7 +236,3 @@ def _find_groups(self: Boundaries, head: bytes) -> tuple[list[tuple[tuple[int, .
             new &= ~self.contraction
     groups += [(ids, new & joins & ~self.merges.broken(ids[-1])), (ids, new & ~joins)]
     return [(spelling, allowed & ~unsure) for spelling, allowed in groups], unsure
-
-
-Boundaries._find_groups = _find_groups
-WHITE = "".join(chr(c) for c in range(0x3001) if chr(c).isspace() and not 0x1C <= c <= 0x1F)

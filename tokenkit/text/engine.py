@@ -237,9 +237,37 @@ def mean_embeddings(tokens: Sequence[bytes],             # new entries; special 
     return torch.where(count.unsqueeze(1) > 0, means, weight.mean(0))
 
 # %% ../../nbs/text/engine.ipynb #cell-050
+def _set_rows(module: nn.Module, rows: Tensor, parameter: nn.Parameter | None = None) -> None:
+    rows = rows.detach().to(module.weight).clone()
+    module.weight = nn.Parameter(rows, module.weight.requires_grad) if parameter is None else parameter
+    for size in ("num_embeddings", "out_features"):
+        if hasattr(module, size):
+            setattr(module, size, len(rows))
+    if getattr(module, "bias", None) is not None and len(module.bias) != len(rows):
+        module.bias = nn.Parameter(rows.new_zeros(len(rows)), module.bias.requires_grad)
+
+# %% ../../nbs/text/engine.ipynb #cell-053
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def _tell(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, old_size: int, untie: bool) -> None:
+    configs = {id(c): c for c in (model.config, model.config.get_text_config()) if c is not None}.values()
+    for config in configs:
+        config.vocab_size = len(tokenizer)
+        if untie:
+            config.tie_word_embeddings = False
+    for config in (*configs, getattr(model, "generation_config", None)):
+        for name in SPECIAL if config is not None else ():
+            setattr(config, name, getattr(tokenizer, name))
+    for module in model.modules():
+        if getattr(module, "vocab_size", None) == old_size:
+            module.vocab_size = len(tokenizer)
+        if isinstance(getattr(module, "padding_idx", None), int):
+            module.padding_idx = tokenizer.pad_token_id
+    if untie:
+        model.tie_weights() # reads the changed configuration: nothing is tied any more
+
+# %% ../../nbs/text/engine.ipynb #cell-055
 def set_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                    input_embeddings: Tensor,                 # (len(tokenizer), D)
                    output_embeddings: Tensor | None = None,  # (len(tokenizer), D); None: tied to the input, or the head as it is
@@ -266,31 +294,3 @@ def set_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         _set_rows(model.get_output_embeddings(), output_embeddings)
     _tell(model, tokenizer, len(old.weight), untie=tied and output_embeddings is not None)
     return model
-
-
-def _set_rows(module: nn.Module, rows: Tensor, parameter: nn.Parameter | None = None) -> None:
-    rows = rows.detach().to(module.weight).clone()
-    module.weight = nn.Parameter(rows, module.weight.requires_grad) if parameter is None else parameter
-    for size in ("num_embeddings", "out_features"):
-        if hasattr(module, size):
-            setattr(module, size, len(rows))
-    if getattr(module, "bias", None) is not None and len(module.bias) != len(rows):
-        module.bias = nn.Parameter(rows.new_zeros(len(rows)), module.bias.requires_grad)
-
-
-def _tell(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, old_size: int, untie: bool) -> None:
-    configs = {id(c): c for c in (model.config, model.config.get_text_config()) if c is not None}.values()
-    for config in configs:
-        config.vocab_size = len(tokenizer)
-        if untie:
-            config.tie_word_embeddings = False
-    for config in (*configs, getattr(model, "generation_config", None)):
-        for name in SPECIAL if config is not None else ():
-            setattr(config, name, getattr(tokenizer, name))
-    for module in model.modules():
-        if getattr(module, "vocab_size", None) == old_size:
-            module.vocab_size = len(tokenizer)
-        if isinstance(getattr(module, "padding_idx", None), int):
-            module.padding_idx = tokenizer.pad_token_id
-    if untie:
-        model.tie_weights() # reads the changed configuration: nothing is tied any more

@@ -94,6 +94,7 @@ def save_model(
     path = place / f"{name}.safetensors"
     save_file(tensors, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)
+    path.chmod(0o644)
     made = Card(name, builder, dict(arguments), data, recipe, dict(scores), seed, steps, round(seconds, 1),
                 sum(p.numel() for p in model.parameters()), path.stat().st_size,
                 hashlib.sha256(path.read_bytes()).hexdigest(), date.today().isoformat(), versions())

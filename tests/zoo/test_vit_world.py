@@ -1,0 +1,123 @@
+"""The zoo's loader and its vision transformers."""
+import json
+import time
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from tokenkit.core.world import scenes
+from tokenkit.zoo import hub
+from tokenkit.zoo.vit_world import (VARIANTS, ConvStem, PatchTaught, accuracy, build, encode, patch_labels, position_table,
+                                    recipe_batch, taught_loss)
+
+LINEAR = dict(builder="torch.nn:Linear", arguments=dict(in_features=3, out_features=2), data="none", recipe="none",
+              scores={"top-1": 0.5}, seed=0, steps=1, seconds=2.0)
+
+
+def test_round_trip_through_a_folder(tmp_path):
+    line = nn.Linear(3, 2)
+    card = hub.save_model("line", line, folder=tmp_path, **LINEAR)
+    again = hub.load("line", folder=tmp_path)
+    assert hub.names(tmp_path) == ["line"] and hub.card("line", tmp_path) == card == again.card
+    assert torch.allclose(again.weight, line.weight, atol=1e-3) and not again.training and again.weight.dtype == torch.float32
+    hub.save_model("line", line, folder=tmp_path, half=False, **LINEAR)
+    assert torch.equal(hub.load("line", folder=tmp_path).weight, line.weight)
+    assert hub.load("line", folder=tmp_path, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_changed_weights_and_unknown_names_are_refused(tmp_path):
+    hub.save_model("line", nn.Linear(3, 2), folder=tmp_path, **LINEAR)
+    with pytest.raises(ValueError, match="name must be one of"):
+        hub.load("lion", folder=tmp_path)
+    path = tmp_path / "line.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="not those"):
+        hub.load("line", folder=tmp_path)
+    line = nn.Linear(3, 2)
+    line.weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match="finite"):
+        hub.save_model("line", line, folder=tmp_path, **LINEAR)
+
+
+@pytest.mark.parametrize("name", hub.names())
+def test_every_model_loads_quickly_and_fits_its_card(name):
+    hub.load(name)
+    begin = time.process_time()
+    model = hub.load(name)
+    assert time.process_time() - begin < 3
+    assert sum(p.numel() for p in model.parameters()) == model.card.parameters and not model.training
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert (hub.WEIGHTS / f"{name}.safetensors").stat().st_size == model.card.bytes
+
+
+def test_hub_folder(tmp_path):
+    path = hub.hub_folder("vit-world", tmp_path / "new")
+    assert {p.name for p in path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert json.loads((path / "config.json").read_text())["name"] == "vit-world"
+    with pytest.raises(ValueError, match="empty"):
+        hub.hub_folder("vit-world", path)
+
+
+@pytest.mark.parametrize("name,least", [("vit-world", 0.95), ("vit-world-small", 0.88)])
+def test_shipped_models_do_their_task(name, least):
+    model = hub.load(name)
+    assert isinstance(model, VisionTransformer)
+    whole = accuracy(model, 300)
+    assert whole >= least - 0.03 and accuracy(model, 300, drop=0.5) <= whole - 0.05
+    batch = scenes(4, VARIANTS[name]["img_size"], task="class", split="test")
+    with torch.no_grad():
+        logits = model(batch.images)
+        assert torch.allclose(model.head(encode(model, batch.images)[:, 0]), logits, atol=1e-4)
+        everything = torch.arange(model.patch_embed.num_patches).expand(4, -1)
+        assert torch.allclose(encode(model, batch.images, everything), encode(model, batch.images), atol=1e-5)
+
+
+def test_timm_knows_the_models():
+    for name in VARIANTS:
+        entry = "tokenkit_" + name.replace("-", "_")
+        model = timm.create_model(entry, pretrained=True).eval()
+        mine = hub.load(name)
+        image = scenes(1, VARIANTS[name]["img_size"], task="class").images
+        with torch.no_grad():
+            assert torch.allclose(model(image), mine(image), atol=1e-5)
+        assert timm.create_model(entry, pretrained=True, num_classes=3).head.out_features == 3
+        assert timm.create_model(entry, pretrained=False, depth=2).blocks[1] and timm.is_model(entry)
+
+
+def test_build_is_fresh_and_validated():
+    torch.manual_seed(0)
+    a = build("vit-world-small")
+    torch.manual_seed(0)
+    b = build("vit-world-small")
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    with pytest.raises(ValueError, match="name"):
+        build("vit-moon")
+    for bad in (dict(patch_size=6), dict(patch_size=8, img_size=100), dict(patch_size=1)):
+        with pytest.raises(ValueError, match="patch_size"):
+            ConvStem(**bad)
+    with pytest.raises(ValueError, match="drop"):
+        accuracy(a, 10, drop=1.0)
+
+
+def test_position_table_makes_neighbours_alike():
+    table = position_table(8, 64)
+    likeness = (table @ table[27]).view(8, 8)
+    assert likeness.argmax() == 27 and likeness[3, 4] > likeness[3, 5] > likeness[3, 6]
+
+
+def test_recipe_batches_and_loss():
+    images, labels, patches = recipe_batch("vit-world-small", 3)
+    again = recipe_batch("vit-world-small", 3)
+    assert torch.equal(images, again[0]) and torch.equal(patches, again[2])
+    assert set(patches[0].tolist()) <= {0, labels[0].item() + 1} and (patches > 0).any(1).all()
+    model = PatchTaught(build("vit-world-small"))
+    loss = taught_loss(model, (images[:8], labels[:8], patches[:8]))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
+    batch = scenes(3, 32, task="class")
+    assert patch_labels(batch, 4).shape == (3, 64)
