@@ -65,6 +65,7 @@ def test_a_kernel_that_dies_is_a_failure_of_the_running_cell(tmp_path):
 def test_a_file_that_is_no_notebook_fails_without_a_cell(text, tmp_path):
     j = job(tmp_path)
     j.notebook.write_text(text)
+    write(j.file(".part.ipynb"), "of a run that was killed")
     result = run_job(j)
     assert (result.status, result.error.cell) == ("failed", None) and "not a notebook" in result.error.traceback
 

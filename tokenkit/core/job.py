@@ -5,6 +5,7 @@ __all__ = ['THREAD_VARIABLES', 'INJECTED', 'Job', 'Failure', 'RunResult', 'publi
            'kernel_manager', 'has_tag', 'execute', 'failure_of', 'lock', 'run_job']
 
 # %% ../../nbs/core/job.ipynb #cell-005
+import importlib
 import json
 import os
 import re
@@ -81,7 +82,7 @@ def publish(partial: Path, # a complete file beside the final one
 def write_record(job: Job, **facts: Any) -> None:
     """Store what is known about a job's last run."""
     partial = job.file(".part.json")
-    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial.write_text(json.dumps(facts, indent=1, default=repr), encoding="utf-8")
     publish(partial, job.file(".json"))
 
 # %% ../../nbs/core/job.ipynb #cell-014
@@ -184,7 +185,8 @@ def run_job(job: Job,
     with lock(job.file(".lock"), lambda: emit("waiting")):
         if not job.force and (standing := standing_result(job)):
             return standing
-        import papermill as _  # takes seconds that are not the notebook's
+        job.file(".part.ipynb").unlink(missing_ok=True)  # of a run that was killed
+        importlib.import_module("papermill")  # takes seconds that are not the notebook's
         emit("started")
         start, at = time.monotonic(), [0]
 
@@ -212,6 +214,6 @@ def _failed(job: Job, seconds: float, failure: Failure) -> RunResult:
     kept, seconds = job.file(".failed.ipynb"), round(seconds, 2)
     if job.file(".part.ipynb").exists():
         publish(job.file(".part.ipynb"), kept)
-    write_record(job, status="failed", seconds=seconds, error=asdict(failure), parameters=dict(job.parameters))
     job.file(".ipynb").unlink(missing_ok=True)
+    write_record(job, status="failed", seconds=seconds, error=asdict(failure), parameters=dict(job.parameters))
     return RunResult(job.path, "failed", seconds, failure, kept if kept.exists() else None)

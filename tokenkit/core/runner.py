@@ -206,7 +206,8 @@ def progress(total: int,        # how many notebooks will be told of
              ) -> Iterator[Callable[[Event], None]]: # to be used as `on_event`
     """Show a run of many notebooks in a terminal or a log."""
     live, count, bars = console.is_terminal, 0, {}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[unit]}"), TimeElapsedColumn())
+    amount = TextColumn("{task.completed}/{task.total} {task.fields[unit]}")
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not live) as display:
         whole = display.add_task("starting workers", total=total, unit="notebooks")
 

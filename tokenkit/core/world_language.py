@@ -174,11 +174,12 @@ def _existence(scene: dict, lots: random.Random) -> tuple[str, str] | None:
 
 
 def _count(scene: dict, lots: random.Random) -> tuple[str, str] | None:
-    key = lots.choice(("shape", "color", "texture", "all"))
+    key = lots.choice(("shape", "color", "texture", "all", "all"))
     if key == "all":
         return "how many things are there?", NUMBERS[len(scene["objects"])]
     present = [thing[key] for thing in scene["objects"]]
-    word = lots.choice(_WORDS_OF[key]) if not present or lots.random() < 0.2 else lots.choice(present)
+    often = max(sorted(present), key=present.count, default=None)
+    word = often if often and lots.random() < 0.5 else lots.choice(_WORDS_OF[key] if not present or lots.random() < 0.5 else present)
     return f"how many {wording({key: word}, plural=True)} are there?", NUMBERS[present.count(word)]
 
 # %% ../../nbs/core/world_language.ipynb #cell-023
@@ -219,12 +220,12 @@ def _comparison(scene: dict, lots: random.Random) -> tuple[str, str] | None:
         a, b = (pinpoint(things, k, lots, KEYS[1:]) for k in (i, j))
         if gap and a and b:
             return f"is the {wording(a)} larger than the {wording(b)}?", "yes" if gap > 0 else "no"
-    key = lots.choice(("shape", "color"))
-    words = sorted({thing[key] for thing in things})
-    first, second = lots.sample(words, 2) if len(words) > 1 else (words[0], lots.choice(_WORDS_OF[key]))
-    counts = [sum(thing[key] == word for thing in things) for word in (first, second)]
-    a, b = (wording({key: word}, plural=True) for word in (first, second))
-    return f"are there more {a} than {b}?", "yes" if counts[0] > counts[1] else "no"
+    key, answer = lots.choice(("shape", "color")), lots.choice(("yes", "no"))
+    counts = {word: sum(thing[key] == word for thing in things) for word in _WORDS_OF[key]}
+    many = lots.choice([thing[key] for thing in things])
+    few = lots.choice([word for word, n in counts.items() if word != many and (n < counts[many] or answer == "no" and n == counts[many])])
+    first, second = (wording({key: word}, plural=True) for word in ((many, few) if answer == "yes" else (few, many)))
+    return f"are there more {first} than {second}?", answer
 
 
 def _background(scene: dict, lots: random.Random) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['check_model', 'trimmable_cache', 'read_tree', 'commit_path', 'Drafter', 'NoDraft', 'prepare', 'prefill',
-           'checked_path', 'first_stop', 'decode_steps', 'DecodeResult', 'end_criteria', 'generate']
+           'checked_path', 'first_stop', 'decode_steps', 'DecodeResult', 'end_criteria', 'result_of', 'generate']
 
 # %% ../../nbs/decode/engine.ipynb #cell-006
 import inspect
@@ -217,6 +217,22 @@ def end_criteria(model: PreTrainedModel, eos_token_id: int | Sequence[int] | Non
     return criteria
 
 
+def result_of(steps: Iterator[Tensor], # from `decode_steps`
+              input_ids: Tensor,       # (1, L)
+              streamer: BaseStreamer | None = None) -> DecodeResult:
+    """Run the steps to the end, count and time them, and stream what they write."""
+    start, pieces = time.perf_counter(), []
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    for piece in steps:
+        pieces.append(piece)
+        if streamer is not None:
+            streamer.put(piece)
+    if streamer is not None:
+        streamer.end()
+    return DecodeResult(torch.cat(pieces).to(input_ids.device), len(pieces), [len(piece) for piece in pieces], time.perf_counter() - start)
+
+# %% ../../nbs/decode/engine.ipynb #cell-028
 def generate(model: PreTrainedModel,
              input_ids: Tensor,         # (1, L)
              drafter: Drafter,
@@ -235,14 +251,6 @@ def generate(model: PreTrainedModel,
     Errors: ValueError for a batch other than 1, max_new_tokens < 1, temperature < 0, non-finite logits, a bad draft, or a model or cache
     that cannot be trimmed.
     """
-    start, pieces = time.perf_counter(), []
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    for piece in decode_steps(model, input_ids, drafter, max_new_tokens=max_new_tokens, temperature=temperature, verify=verify, generator=generator,
-                              stopping_criteria=end_criteria(model, eos_token_id, stop_strings, tokenizer), past_key_values=past_key_values):
-        pieces.append(piece)
-        if streamer is not None:
-            streamer.put(piece)
-    if streamer is not None:
-        streamer.end()
-    return DecodeResult(torch.cat(pieces).to(input_ids.device), len(pieces), [len(piece) for piece in pieces], time.perf_counter() - start)
+    steps = decode_steps(model, input_ids, drafter, max_new_tokens=max_new_tokens, temperature=temperature, verify=verify, generator=generator,
+                         stopping_criteria=end_criteria(model, eos_token_id, stop_strings, tokenizer), past_key_values=past_key_values)
+    return result_of(steps, input_ids, streamer)

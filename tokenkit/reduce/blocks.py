@@ -157,8 +157,9 @@ def embed_image(model: nn.Module, # a timm VisionTransformer or Eva
     """The tokens that enter the first block."""
     if images.ndim != 4:
         raise ValueError(f"images must be (B, 3, height, width), got {tuple(images.shape)}")
-    grid = tuple(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
-    x = model._pos_embed(model.patch_embed(images))
+    embed = model.patch_embed
+    grid = tuple(embed.dynamic_feat_size(images.shape[-2:]) if hasattr(embed, "dynamic_feat_size") else embed.grid_size)
+    x = model._pos_embed(embed(images))
     x, rope = x if isinstance(x, tuple) else (model.patch_drop(x), None)
     return model.norm_pre(x), grid, rope
 
