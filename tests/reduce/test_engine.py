@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenkit.reduce.blocks import NEEDS
 from tokenkit.reduce.engine import (Assignment, ReducedViT, Reducer, ToMe, Tokens, bipartite_soft_matching, merge_schedule,
-                                    proportional_attention, reduce_model, spread)
+                                    proportional_attention, reduce_model, shrinking)
 
 SMALL = dict(num_classes=7, depth=3, embed_dim=48, num_heads=3)
 ARCHITECTURES = {
@@ -229,7 +229,7 @@ def test_schedule_by_hand():
     for bad, words in [(dict(r=-1), "negative"), (dict(r=[1, -2]), "negative"), (dict(r=[1] * 5), "5 entries"), (dict(r=1, inflect=1.5), "inflect")]:
         with pytest.raises(ValueError, match=words):
             merge_schedule(4, **bad)
-    assert sum(spread(100.4, 7)) == 100 and max(spread(100.4, 7)) - min(spread(100.4, 7)) <= 1
+    assert shrinking(144, 0.5, 3) == [72, 36, 18] and shrinking(144, 0.0, 2) == [0, 0]
 
 
 def test_proportional_attention():

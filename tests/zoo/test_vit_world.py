@@ -10,8 +10,8 @@ from torch import nn
 
 from tokenkit.core.world import scenes
 from tokenkit.zoo import hub
-from tokenkit.zoo.vit_world import (VARIANTS, ConvStem, PatchTaught, accuracy, build, encode, patch_labels, position_table,
-                                    recipe_batch, taught_loss)
+from tokenkit.zoo.vit_world import (VITS, ConvStem, PatchTaught, vit_accuracy, build_vit, vit_tokens, patch_labels, position_table,
+                                    vit_batch, taught_loss)
 
 LINEAR = dict(builder="torch.nn:Linear", arguments=dict(in_features=3, out_features=2), data="none", recipe="none",
               scores={"top-1": 0.5}, seed=0, steps=1, seconds=2.0)
@@ -67,22 +67,22 @@ def test_hub_folder(tmp_path):
 def test_shipped_models_do_their_task(name, least):
     model = hub.load(name)
     assert isinstance(model, VisionTransformer)
-    whole = accuracy(model, 300)
-    assert whole >= least - 0.03 and accuracy(model, 300, drop=0.5) <= whole - 0.05
-    batch = scenes(4, VARIANTS[name]["img_size"], task="class", split="test")
+    whole = vit_accuracy(model, 300)
+    assert whole >= least - 0.03 and vit_accuracy(model, 300, drop=0.5) <= whole - 0.05
+    batch = scenes(4, VITS[name]["img_size"], task="class", split="test")
     with torch.no_grad():
         logits = model(batch.images)
-        assert torch.allclose(model.head(encode(model, batch.images)[:, 0]), logits, atol=1e-4)
+        assert torch.allclose(model.head(vit_tokens(model, batch.images)[:, 0]), logits, atol=1e-4)
         everything = torch.arange(model.patch_embed.num_patches).expand(4, -1)
-        assert torch.allclose(encode(model, batch.images, everything), encode(model, batch.images), atol=1e-5)
+        assert torch.allclose(vit_tokens(model, batch.images, everything), vit_tokens(model, batch.images), atol=1e-5)
 
 
 def test_timm_knows_the_models():
-    for name in VARIANTS:
+    for name in VITS:
         entry = "tokenkit_" + name.replace("-", "_")
         model = timm.create_model(entry, pretrained=True).eval()
         mine = hub.load(name)
-        image = scenes(1, VARIANTS[name]["img_size"], task="class").images
+        image = scenes(1, VITS[name]["img_size"], task="class").images
         with torch.no_grad():
             assert torch.allclose(model(image), mine(image), atol=1e-5)
         assert timm.create_model(entry, pretrained=True, num_classes=3).head.out_features == 3
@@ -91,17 +91,17 @@ def test_timm_knows_the_models():
 
 def test_build_is_fresh_and_validated():
     torch.manual_seed(0)
-    a = build("vit-world-small")
+    a = build_vit("vit-world-small")
     torch.manual_seed(0)
-    b = build("vit-world-small")
+    b = build_vit("vit-world-small")
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
     with pytest.raises(ValueError, match="name"):
-        build("vit-moon")
+        build_vit("vit-moon")
     for bad in (dict(patch_size=6), dict(patch_size=8, img_size=100), dict(patch_size=1)):
         with pytest.raises(ValueError, match="patch_size"):
             ConvStem(**bad)
     with pytest.raises(ValueError, match="drop"):
-        accuracy(a, 10, drop=1.0)
+        vit_accuracy(a, 10, drop=1.0)
 
 
 def test_position_table_makes_neighbours_alike():
@@ -111,11 +111,11 @@ def test_position_table_makes_neighbours_alike():
 
 
 def test_recipe_batches_and_loss():
-    images, labels, patches = recipe_batch("vit-world-small", 3)
-    again = recipe_batch("vit-world-small", 3)
+    images, labels, patches = vit_batch("vit-world-small", 3)
+    again = vit_batch("vit-world-small", 3)
     assert torch.equal(images, again[0]) and torch.equal(patches, again[2])
     assert set(patches[0].tolist()) <= {0, labels[0].item() + 1} and (patches > 0).any(1).all()
-    model = PatchTaught(build("vit-world-small"))
+    model = PatchTaught(build_vit("vit-world-small"))
     loss = taught_loss(model, (images[:8], labels[:8], patches[:8]))
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in model.parameters())

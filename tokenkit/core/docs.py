@@ -20,7 +20,7 @@ FAMILIES = ("reduce", "vision", "vlm", "codecs", "generate", "personalize", "tex
 def in_order(catalog: Catalog) -> dict[str, list[Entry]]: # family -> its page, engine, helpers of the engine, methods
     """The catalog's entries by family, as the site shows them."""
     rank = {"family": 0, "engine": 1, "method": 2}
-    found = sorted({e.family for e in catalog if e.kind in rank and e.family != "core"}, key=lambda f: (f not in FAMILIES, FAMILIES.index(f) if f in FAMILIES else f))
+    found = sorted({e.family for e in catalog if e.kind in rank and e.family not in ("core", "zoo")}, key=lambda f: (f not in FAMILIES, FAMILIES.index(f) if f in FAMILIES else f))
     return {f: sorted((e for e in catalog if e.family == f and e.kind in rank), key=lambda e: (rank[e.kind], e.name != "engine", e.name)) for f in found}
 
 

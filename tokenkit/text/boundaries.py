@@ -163,7 +163,7 @@ class Boundaries:
         texts = [i for i in self.every if self.rule != "whole" and not valid_text(entries[i])[1]]
         for i, ids in zip(texts, self.tokenizer([entries[i].decode() for i in texts], add_special_tokens=False).input_ids if texts else ()):
             self.alone[i] = ids == [i]
-        raw[self.alone] = True
+        raw[self.alone & ~self.literal] = True
         for i in self.every[~self.alone[self.every]]:
             raw[i] = i not in self.added and decompose(self.tokenizer, entries[i], strict=False) == [i]
         self.raw = raw
@@ -174,9 +174,10 @@ class Boundaries:
 
     def encode(self, data: bytes) -> list[int]:
         """Ids of a byte string that begins with `prefix`."""
-        if self.prefix and data == self.prefix:
+        text = data.removeprefix(self.prefix)
+        if self.prefix and not valid_text(text)[0]: # there the tokenizer puts no space in front
             return decompose(self.tokenizer, data)
-        return encode_bytes(self.tokenizer, data.removeprefix(self.prefix))
+        return encode_bytes(self.tokenizer, text)
 
     def after(self, head: bytes,
               candidates: Sequence[int] | None = None, # None: the whole vocabulary
