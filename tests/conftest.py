@@ -6,6 +6,8 @@ import pytest
 
 os.environ.setdefault("TOKENKIT_QUIET", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only wait for each other
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 

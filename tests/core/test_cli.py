@@ -57,7 +57,7 @@ def test_wrong_usage_ends_with_2_and_says_what_to_do(words, message):
 
 def test_show_and_assets():
     text = tokenkit("show", "core/lanes")
-    assert "tokenkit.core.lanes" in text and os.path.join("nbs", "core", "lanes.ipynb") in text and "tokenkit run lanes" in text
+    assert "tokenkit.core.lanes" in text and os.path.join("nbs", "core", "lanes.ipynb") in text and "tokenkit run core/lanes" in text
     text = tokenkit("assets")
     assert all(name in text for name in ("smollm2-135m-instruct", "all-minilm-l6-v2", "dinov2-vits14", "Apache-2.0"))
 

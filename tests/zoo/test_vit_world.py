@@ -1,69 +1,16 @@
-"""The zoo's loader and its vision transformers."""
-import json
-import time
-
+"""The zoo's vision transformers do their task, and timm knows them."""
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from tokenkit.core.world import scenes
 from tokenkit.zoo import hub
 from tokenkit.zoo.vit_world import (VITS, ConvStem, PatchTaught, vit_accuracy, build_vit, vit_tokens, patch_labels, position_table,
                                     vit_batch, taught_loss)
 
-LINEAR = dict(builder="torch.nn:Linear", arguments=dict(in_features=3, out_features=2), data="none", recipe="none",
-              scores={"top-1": 0.5}, seed=0, steps=1, seconds=2.0)
 
-
-def test_round_trip_through_a_folder(tmp_path):
-    line = nn.Linear(3, 2)
-    card = hub.save_model("line", line, folder=tmp_path, **LINEAR)
-    again = hub.load("line", folder=tmp_path)
-    assert hub.names(tmp_path) == ["line"] and hub.card("line", tmp_path) == card == again.card
-    assert torch.allclose(again.weight, line.weight, atol=1e-3) and not again.training and again.weight.dtype == torch.float32
-    hub.save_model("line", line, folder=tmp_path, half=False, **LINEAR)
-    assert torch.equal(hub.load("line", folder=tmp_path).weight, line.weight)
-    assert hub.load("line", folder=tmp_path, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
-
-
-def test_changed_weights_and_unknown_names_are_refused(tmp_path):
-    hub.save_model("line", nn.Linear(3, 2), folder=tmp_path, **LINEAR)
-    with pytest.raises(ValueError, match="name must be one of"):
-        hub.load("lion", folder=tmp_path)
-    path = tmp_path / "line.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="not those"):
-        hub.load("line", folder=tmp_path)
-    line = nn.Linear(3, 2)
-    line.weight.data[0, 0] = 1e6
-    with pytest.raises(ValueError, match="finite"):
-        hub.save_model("line", line, folder=tmp_path, **LINEAR)
-
-
-@pytest.mark.parametrize("name", hub.names())
-def test_every_model_loads_quickly_and_fits_its_card(name):
-    hub.load(name)
-    begin = time.process_time()
-    model = hub.load(name)
-    assert time.process_time() - begin < 3
-    assert sum(p.numel() for p in model.parameters()) == model.card.parameters and not model.training
-    assert all(value.isfinite().all() for value in model.state_dict().values())
-    assert (hub.WEIGHTS / f"{name}.safetensors").stat().st_size == model.card.bytes
-
-
-def test_hub_folder(tmp_path):
-    path = hub.hub_folder("vit-world", tmp_path / "new")
-    assert {p.name for p in path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
-    assert json.loads((path / "config.json").read_text())["name"] == "vit-world"
-    with pytest.raises(ValueError, match="empty"):
-        hub.hub_folder("vit-world", path)
-
-
-@pytest.mark.parametrize("name,least", [("vit-world", 0.95), ("vit-world-small", 0.88)])
+@pytest.mark.parametrize("name,least", [("vit-world", 0.95), ("vit-world-small", 0.93)])
 def test_shipped_models_do_their_task(name, least):
     model = hub.load(name)
     assert isinstance(model, VisionTransformer)
@@ -86,7 +33,10 @@ def test_timm_knows_the_models():
         with torch.no_grad():
             assert torch.allclose(model(image), mine(image), atol=1e-5)
         assert timm.create_model(entry, pretrained=True, num_classes=3).head.out_features == 3
+        assert timm.create_model(entry, pretrained=True, in_chans=1).eval()(image[:, :1]).shape == (1, 12)
         assert timm.create_model(entry, pretrained=False, depth=2).blocks[1] and timm.is_model(entry)
+        maps = timm.create_model(entry, pretrained=True, features_only=True).eval()(image)
+        assert [m.shape[-1] for m in maps] == [mine.patch_embed.grid_size[0]] * 3
 
 
 def test_build_is_fresh_and_validated():

@@ -7,7 +7,7 @@ __all__ = ['VITS', 'VIT_RECIPES', 'VIT_RECIPE', 'ConvStem', 'position_table', 'b
 
 # %% ../../nbs/zoo/vit_world.ipynb #cell-006
 import torch
-from timm.models import build_model_with_cfg, load_pretrained, register_model
+from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -49,6 +49,10 @@ class ConvStem(nn.Module):
         """Pixels per token side; timm asks for it."""
         return self.patch_size[0] if as_scalar else self.patch_size
 
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens along height and width of an image; timm asks for it."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
 # %% ../../nbs/zoo/vit_world.ipynb #cell-014
 def position_table(
     side: int,  # patches along a side
@@ -79,11 +83,12 @@ def build_vit(
     known = dict(architecture=f"tokenkit_{name.replace('-', '_')}", file=str(WEIGHTS / f"{name}.safetensors"),
                  num_classes=len(SHAPES), input_size=(3, shape["img_size"], shape["img_size"]), classifier="head",
                  first_conv="patch_embed.convs.0.0", mean=(0.0,) * 3, std=(1.0,) * 3, label_names=SHAPES)
-    model = build_model_with_cfg(VisionTransformer, known["architecture"], False, pretrained_cfg=known, **shape)
-    with torch.no_grad():
-        model.pos_embed[0, 1:] = 0.3 * position_table(model.patch_embed.grid_size[0], model.embed_dim)
-    if pretrained:
-        load_pretrained(model, num_classes=shape["num_classes"], in_chans=shape.get("in_chans", 3))
+    model = build_model_with_cfg(VisionTransformer, known["architecture"], pretrained, pretrained_cfg=known,
+                                 feature_cfg=dict(out_indices=3, feature_cls="getter"), **shape)
+    if not pretrained:
+        vit = getattr(model, "model", model)  # timm wraps it for features_only
+        with torch.no_grad():
+            vit.pos_embed[0, 1:] = 0.3 * position_table(vit.patch_embed.grid_size[0], vit.embed_dim)
     return model
 
 
