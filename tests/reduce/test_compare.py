@@ -34,7 +34,7 @@ def test_matched_flops_never_exceed_the_budget(vit, images):
     full = model_flops(vit, images[:1])
     for share in (0.9, 0.7, 0.55):
         model, cost = match_flops(lambda s: reduce_model(vit, ToMe.at_strength(s, vit, (4, 4))), images[:1], share * full)
-        assert 0.7 * share * full < cost <= share * full and cost == model_flops(model, images[:1])
+        assert 0.6 * share * full < cost <= share * full and cost == model_flops(model, images[:1])
     with pytest.raises(ValueError, match="target must be at least"):
         match_flops(lambda s: reduce_model(vit, ToMe.at_strength(s, vit, (4, 4))), images[:1], 0.01 * full)
 

@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['RandomPruning', 'RandomMerging', 'counts_of', 'model_flops', 'match_flops', 'Task', 'load_task', 'correct',
-           'class_features', 'fidelity', 'restart', 'draw_survivors']
+           'class_features', 'fidelity', 'restart', 'draw_survivors', 'training_free_reducers']
 
 # %% ../../nbs/reduce/compare.ipynb #cell-005
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from ..core.catalog import load_catalog
 from ..core.hub import hub_dataset, timm_model
 from ..core.measure import flops
 from ..core.plots import overlay_tokens
@@ -76,29 +78,33 @@ def counts_of(reduced: ReducedViT, # a model that has just run
 
 # %% ../../nbs/reduce/compare.ipynb #cell-012
 def model_flops(model: nn.Module, images: Tensor) -> float:
-    """FLOPs of one image. Counted on the batch given, because a method may keep more tokens of some images."""
+    """FLOPs of one image, the mean over a batch: a method may keep more tokens of some images than of others."""
     return flops(model, images) / len(images)
 
 
 def match_flops(make: Callable[[float], nn.Module], # strength in [0, 1] -> reduced model
                 images: Tensor,                     # (B, 3, height, width), a few typical ones
                 target: float,                      # FLOPs of one image
-                steps: int = 9,                     # of bisection
+                tolerance: float = 0.01,            # as near below the target as makes no difference
+                steps: int = 8,                     # at most
                 ) -> tuple[nn.Module, float]:       # the model, its FLOPs: the largest found that is at most `target`
     """The weakest reduction that fits a budget. Errors: ValueError if even the strongest does not."""
-    low, high = 0.0, 1.0
-    best = (make(high), model_flops(make(high), images))
-    if best[1] > target:
-        raise ValueError(f"target must be at least {best[1]:.3g} FLOPs, what the strongest reduction costs, got {target:.3g}")
+    (low, most), high, best = (0.0, model_flops(make(0.0), images)), 1.0, make(1.0)
+    least = model_flops(best, images)
+    if least > target:
+        raise ValueError(f"target must be at least {least:.3g} FLOPs, what the strongest reduction costs, got {target:.3g}")
     for _ in range(steps):
-        middle = (low + high) / 2
+        if target - least <= tolerance * target or most <= least:
+            break
+        share = (most - (1 - tolerance / 2) * target) / (most - least)  # where a straight line meets the target
+        middle = low + (high - low) * min(max(share, 0.1), 0.9)
         model = make(middle)
         cost = model_flops(model, images)
         if cost <= target:
-            high, best = middle, max(best, (model, cost), key=lambda found: found[1])
+            high, least, best = middle, cost, model
         else:
-            low = middle
-    return best
+            low, most = middle, cost
+    return best, least
 
 # %% ../../nbs/reduce/compare.ipynb #cell-015
 @dataclass
@@ -181,3 +187,11 @@ def draw_survivors(ax: Axes,
         raise ValueError("a soft method mixes all patches into every token: there is no picture of survivors")
     count = tokens.x.shape[1] if tokens.mask is None else int(tokens.mask.sum())
     overlay_tokens(ax, image, tokens.index[0, tokens.num_prefix:].cpu(), tokens.grid, title or f"{count - tokens.num_prefix} tokens")
+
+# %% ../../nbs/reduce/compare.ipynb #cell-024
+def training_free_reducers() -> dict[str, type[Reducer]]: # class name -> class, baselines first
+    """All reducers of the family that need no training."""
+    names = ["compare", "engine", *(e.name for e in load_catalog().methods("reduce"))]
+    modules = [importlib.import_module(f"tokenkit.reduce.{name}") for name in names]
+    classes = [c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, Reducer) and c.__module__ == m.__name__]
+    return {c.__name__: c for c in classes if c.training_free}

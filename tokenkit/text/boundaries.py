@@ -27,7 +27,8 @@ def continuations(head: bytes, candidates: Sequence[int], vocab: Sequence[bytes 
     groups: dict[tuple[int, ...], list[int]] = {}
     for v in candidates:
         ids = encode(head + vocab[v])
-        if ids and ids[-1] == v and b"".join(vocab[i] or b"" for i in ids) == head + vocab[v]:
+        spelled = [vocab[i] for i in ids[:-1]]
+        if ids and ids[-1] == v and None not in spelled and b"".join(spelled) == head:
             groups.setdefault(tuple(ids[:-1]), []).append(int(v))
     return [(ids, np.array(sorted(entries))) for ids, entries in groups.items()]
 
