@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenkit.decode.compare import PROMPTS, TUNING_PROMPTS, PromptLookup, kind_of, replay, tokens_per_pass
+from tokenkit.decode.compare import replay
 from tokenkit.decode.engine import Drafter, generate
 from tokenkit.decode.token_recycling import DEFAULT_TREE, TokenRecycling, draft_tokens, small_tree, successor_matrix, tree_layout, update_matrix
 from tokenkit.decode.trees import DraftTree
@@ -188,32 +188,3 @@ def test_successors_of_a_corpus():
 def test_bad_inputs(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# the helpers of comparisons
-
-def test_prompts_are_distinct_and_balanced():
-    assert len(set(PROMPTS) | set(TUNING_PROMPTS)) == len(PROMPTS) + len(TUNING_PROMPTS) == 36
-    assert kind_of(0) == kind_of(6) == "code" and kind_of(3) == "rewrite"
-
-
-@pytest.mark.parametrize("num_tokens", [1, 3, 10])
-def test_replay_counts_what_a_run_counts_and_what_transformers_needs(model, num_tokens):
-    ids = torch.cat([prompt(3, 12)] * 2, dim=1)
-    run = generate(model, ids, PromptLookup(num_tokens), max_new_tokens=60)
-    assert replay(PromptLookup(num_tokens), ids[0], run.tokens) == run.accepted
-    passes = []
-    hook = model.register_forward_hook(lambda *_: passes.append(1))
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60, prompt_lookup_num_tokens=num_tokens, pad_token_id=0)
-    hook.remove()
-    assert torch.equal(out[0, ids.shape[1]:], run.tokens) and abs(len(passes) - run.steps) <= 1
-
-
-def test_tokens_per_pass_and_bad_replays(model):
-    assert tokens_per_pass([[1, 3], [2]]) == 2
-    assert tokens_per_pass([generate(model, prompt(), PromptLookup(), max_new_tokens=5)]) >= 1
-    with pytest.raises(ValueError, match="at least one pass"):
-        tokens_per_pass([])
-    for prompt_ids, text in ((torch.zeros(0), torch.ones(2)), (torch.ones(1, 2), torch.ones(2)), (torch.ones(2), torch.zeros(0))):
-        with pytest.raises(ValueError, match="not empty"):
-            replay(PromptLookup(), prompt_ids.long(), text.long())

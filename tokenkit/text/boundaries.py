@@ -184,14 +184,15 @@ class Boundaries:
               candidates: Sequence[int] | None = None, # None: the whole vocabulary
               ) -> Groups:
         """The candidates that may follow `head`, in groups by spelling of the head: what `continuations` returns."""
-        v = self.every if candidates is None else np.asarray(candidates, dtype=np.int64)
+        v = self.every if candidates is None else np.sort(np.asarray(candidates, dtype=np.int64))
         groups, unsure = self._spellings(head)
         found: dict[tuple[int, ...], list[np.ndarray]] = {}
         for ids, allowed in groups:
             found.setdefault(ids, []).append(v[allowed[v]])
         for ids, entries in continuations(head, v[unsure[v]], self.vocab, self.encode):
             found.setdefault(ids, []).append(entries)
-        return [(ids, np.sort(np.concatenate(parts))) for ids, parts in found.items() if sum(map(len, parts))]
+        found = {ids: [part for part in parts if len(part)] for ids, parts in found.items()}
+        return [(ids, parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))) for ids, parts in found.items() if parts]
 
 # %% ../../nbs/text/boundaries.ipynb #cell-030
 WHITE = "".join(chr(c) for c in range(0x3001) if character_kind(chr(c)) in (SPACE, BLANK))

@@ -74,6 +74,7 @@ class PrefixIndex:
 
     def __init__(self, vocab: Sequence[bytes | None]): # as from `vocab_bytes`; None is never found
         self._sorted = sorted((entry, i) for i, entry in enumerate(vocab) if entry is not None)
+        self._longest = max((len(entry) for entry, _ in self._sorted), default=0)
 
     def starting_with(self, prefix: bytes) -> list[int]: # ascending
         """All ids whose bytes start with `prefix`, the exact ones included."""
@@ -83,7 +84,7 @@ class PrefixIndex:
 
     def max_len(self) -> int:
         """Bytes of the longest entry; 0 for an empty vocabulary."""
-        return max((len(entry) for entry, _ in self._sorted), default=0)
+        return self._longest
 
 # %% ../../nbs/text/engine.ipynb #cell-026
 def valid_text(data: bytes) -> tuple[str, bytes]: # the longest prefix that is valid UTF-8, and what remains
