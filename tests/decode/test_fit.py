@@ -70,7 +70,7 @@ def test_pass_seconds():
     model, _ = hub_causal_lm("a/toy-llama", "toy")
     drafter = TokenRecycling(260, tree=small_tree(4))
     seconds = pass_seconds(model, (8, 1, 8), drafter=drafter, rounds=2)
-    assert list(seconds) == [1, 8] and min(seconds.values()) > 0 and drafter.matrix.any()
+    assert list(seconds) == [1, 8] and 0 < seconds[1] <= seconds[8] and drafter.matrix.any()
     for wrong in (dict(sizes=()), dict(sizes=(0,)), dict(sizes=(1,), rounds=0), dict(sizes=(1,), past_len=0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             pass_seconds(model, **wrong)

@@ -20,7 +20,7 @@ from .boundaries import Boundaries, Encode, Groups, continuations
 from .engine import PrefixIndex, start_ids as default_start
 from .reader import Reader, shared_prefix
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-008
+# %% ../../nbs/text/byte_probs.ipynb #cell-012
 NextLogProbs = Callable[[list[int]], Tensor]                     # ids, start ids included -> (V,) log-probabilities
 After = Callable[[bytes, Sequence[int]], Groups]                 # head, entries -> those that may follow it, by spelling of the head
 Term = tuple[tuple[int, ...], np.ndarray, np.ndarray]            # ids of a head, last ids, what each of them says about the next byte
@@ -58,7 +58,7 @@ class ByteTable:
                              "or encode adds something to what it is given (BOS, a space)")
         return found
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-009
+# %% ../../nbs/text/byte_probs.ipynb #cell-015
 def cover_encodings(context: bytes, vocab: Sequence[bytes | None], encode: Encode,
                     *, check_valid: bool = True, # as in `next_byte_probs`; covers are always valid
                     ) -> list[tuple[list[int], bytes]]: # (ids without start ids, what the last one adds to the context)
@@ -70,7 +70,7 @@ def cover_encodings(context: bytes, vocab: Sequence[bytes | None], encode: Encod
     covers = [(-length, int(v), [*ids, int(v)], vocab[v][length:]) for ids, entries, length in found for v in entries]
     return [(ids, surplus) for _, _, ids, surplus in sorted(covers)] if context else [([], b"")]
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-010
+# %% ../../nbs/text/byte_probs.ipynb #cell-018
 class Rows:
     """Log-probabilities after id sequences, each asked for once."""
 
@@ -99,7 +99,7 @@ def log_prob(ids: tuple[int, ...], rows: Rows, known: int = 0) -> Tensor | float
     """Log-probability of an id sequence."""
     return sum((rows[ids[:j]][ids[j]] for j in range(known, len(ids))), 0.0)
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-011
+# %% ../../nbs/text/byte_probs.ipynb #cell-019
 def prefix_logprob(context: bytes, vocab: Sequence[bytes | None], encode: Encode, next_logprobs: NextLogProbs,
                    *, start_ids: Sequence[int] = (),  # in front of every text: BOS
                    check_valid: bool = True,          # as in `next_byte_probs`; covers are always valid
@@ -113,7 +113,7 @@ def prefix_logprob(context: bytes, vocab: Sequence[bytes | None], encode: Encode
     parts = [log_prob(ids, rows) + rows[ids][torch.as_tensor(entries, device=rows[ids].device)] for ids, entries, _ in found]
     return torch.cat(parts).logsumexp(0) if context else torch.zeros(())
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-012
+# %% ../../nbs/text/byte_probs.ipynb #cell-022
 def next_byte_terms(context: bytes, table: ByteTable, after: After, encode: Encode, check_valid: bool = True) -> list[Term]:
     """What the probability of each next byte is made of. Errors: ValueError if nothing covers the context."""
     terms: list[Term] = []
@@ -141,7 +141,7 @@ def mix_terms(terms: Sequence[Term], rows: Rows) -> Tensor: # (257,), sums to 1
     sums = torch.zeros(END + 1, dtype=logs.dtype, device=device).index_add(0, events, (logs - logs.max()).exp())
     return sums / sums.sum()
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-013
+# %% ../../nbs/text/byte_probs.ipynb #cell-024
 def next_byte_probs(context: bytes, vocab: Sequence[bytes | None], encode: Encode, next_logprobs: NextLogProbs,
                     *, start_ids: Sequence[int] = (),  # in front of every text: BOS
                     check_valid: bool = True,          # False: any entry may follow, as in the authors' fast mode
@@ -153,7 +153,7 @@ def next_byte_probs(context: bytes, vocab: Sequence[bytes | None], encode: Encod
     after = partial(continuations, vocab=vocab, encode=encode)
     return mix_terms(next_byte_terms(context, ByteTable(vocab), after, encode, check_valid), Rows(next_logprobs, start_ids, len(vocab)))
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-014
+# %% ../../nbs/text/byte_probs.ipynb #cell-029
 def as_bytes(text: str | bytes) -> bytes:
     """UTF-8 of a string; bytes as they are. Errors: ValueError for anything else."""
     if not isinstance(text, (str, bytes)):
@@ -179,7 +179,7 @@ def sample_byte(probs: Tensor, # (257,)
     ordered = ordered.to(generator.device) if generator is not None else ordered
     return int(order[torch.multinomial(ordered, 1, generator=generator).item()])
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-015
+# %% ../../nbs/text/byte_probs.ipynb #cell-032
 class ByteModel:
     """Anything that knows the distribution of the next byte: `many` is what a subclass must define."""
 
@@ -213,7 +213,7 @@ class ByteModel:
             new += bytes([byte])
         return new
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-016
+# %% ../../nbs/text/byte_probs.ipynb #cell-035
 class ByteLM(ByteModel):
     """A tokenized language model that speaks bytes.
 
@@ -231,7 +231,7 @@ class ByteLM(ByteModel):
         self.encode = self.boundaries.encode
         beyond = model.config.get_text_config().vocab_size - len(self.boundaries.vocab) # rows that no id has
         self.vocab = self.boundaries.vocab + [None] * beyond
-        self._table = ByteTable(self.vocab)
+        self.table = ByteTable(self.vocab)
 
     def next_logprobs(self, ids: Sequence[int]) -> Tensor: # (V,)
         """Log-probabilities of the next token after ids that include the start ids."""
@@ -242,7 +242,7 @@ class ByteLM(ByteModel):
         out = []
         for at in range(0, len(prompts), 32):
             contexts = [self.boundaries.prefix + as_bytes(prompt) for prompt in prompts[at:at + 32]]
-            terms = [next_byte_terms(context, self._table, self.boundaries.after, self.encode, self.check_valid) for context in contexts]
+            terms = [next_byte_terms(context, self.table, self.boundaries.after, self.encode, self.check_valid) for context in contexts]
             known_from = [len(shared_prefix([ids for ids, _, _ in part])) for part in terms]
             wanted = [ids[:n] for part, known in zip(terms, known_from) for ids, _, _ in part for n in range(known, len(ids) + 1)]
             known = self.reader.read([self.start + ids for ids in wanted])
@@ -250,7 +250,7 @@ class ByteLM(ByteModel):
             out += [mix_terms(part, rows) for part in terms]
         return torch.stack(out)
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-017
+# %% ../../nbs/text/byte_probs.ipynb #cell-040
 class ByteEnsemble(ByteModel):
     """Several byte models, averaged.
 
