@@ -324,7 +324,6 @@ def test_strength():
     assert spent <= 0.7 * cost[0]
 
 
-
 @pytest.mark.parametrize("call, message", [
     (lambda: ATS(0), "num_samples must be a whole number of at least 1, got 0"),
     (lambda: ATS(2.5), "num_samples must be a whole number of at least 1, got 2.5"),
