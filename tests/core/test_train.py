@@ -87,3 +87,27 @@ def test_bad_input():
     with pytest.raises(ValueError, match="finite, got nan at step 0"):
         fit(net(), batch_at, lambda m, b: mse(m, b) * float("nan"), steps=2, progress=False)
     assert History().steps == 0
+
+
+def test_another_optimizer_takes_the_place_of_adamw():
+    made = []
+
+    def sgd(groups, lr, weight_decay, betas):
+        made.append(torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, momentum=betas[0]))
+        return made[-1]
+
+    history = fit(net(), batch_at, mse, steps=100, lr=1e-2, optimizer=sgd, progress=False)
+    assert len(made) == 1 and sum(history.losses[-10:]) < 0.2 * sum(history.losses[:10])
+
+
+def test_one_process_trains_in_both_precisions():
+    seen = []
+
+    def watching(model, batch):
+        out = model(batch[0])
+        seen.append(out.dtype)
+        return nn.functional.mse_loss(out.float(), batch[1])
+
+    for bf16 in (False, True, False):
+        fit(net(), batch_at, watching, steps=1, bf16=bf16, progress=False)
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]

@@ -52,7 +52,7 @@ def sharpened(model):
     """Random weights attend to everything alike: larger ones make attention peaked, so that counts differ."""
     with torch.no_grad():
         for block in model.blocks:
-            (block.attn.qkv.weight if block.attn.qkv is not None else block.attn.q_proj.weight).mul_(5)
+            (block.attn.qkv.weight if block.attn.qkv is not None else block.attn.q_proj.weight).mul_(8)
     return model.eval()
 
 
@@ -240,14 +240,14 @@ def test_architectures(name, options):
     with torch.no_grad():
         expected = model(images)
         torch.testing.assert_close(reduce_model(model, ATS(layers=()))(images), expected, atol=1e-5, rtol=1e-5)
-        reduced = reduce_model(model, ATS(8, (1, 2)))
+        reduced = reduce_model(model, ATS(layers=(1, 2)))
         tokens = reduced.forward_features(images)
         alone = torch.cat([reduced(image[None]) for image in images])
         torch.testing.assert_close(reduced(images), alone, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(model(images), expected)  # the model given is not changed
     P = model.num_prefix_tokens
     assert (tokens.index[:, :P] == torch.arange(P)).all() and tokens.mask[:, :P].all()
-    assert (tokens.mask.sum(1) <= P + 8).all() and (tokens.mask.sum(1) > P).all()
+    assert len(set(tokens.mask.sum(1).tolist())) > 1 and (tokens.mask.sum(1) > P).all()  # padding is at work here
     assert reduced.forward_dense(images).isfinite().all()
 
 

@@ -82,6 +82,7 @@ def fit(model: nn.Module,
         clip: float | None = 1.0,                   # largest gradient norm
         parameters: list[dict] | None = None,       # optimizer groups; default: all trainable parameters
         betas: tuple[float, float] = (0.9, 0.95),
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, # called with (groups, lr=, weight_decay=, betas=)
         bf16: bool = False,                         # autocast to bfloat16
         seconds: float | None = None,               # stop when this much time is used up, checkpoint kept
         checkpoint: str | os.PathLike | None = None, # file to resume from and to save to
@@ -89,7 +90,7 @@ def fit(model: nn.Module,
         on_step: Callable[[int, float], None] | None = None, # called with (step, loss)
         progress: bool = True,                      # a bar; the environment variable TOKENKIT_QUIET turns all bars off
         ) -> History:
-    """Train a model with AdamW, warm-up and cosine. The model ends in eval mode.
+    """Train a model with AdamW or another optimizer, warm-up and cosine. The model ends in eval mode.
 
     The same seed, batches and arguments give the same weights on one device; an interrupted run that has a
     `checkpoint` continues exactly. A group of `parameters` may bring its own `lr`.
@@ -97,9 +98,9 @@ def fit(model: nn.Module,
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     groups = parameters or parameter_groups(model.named_parameters(), weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas)
+    optimizer = optimizer(groups, lr=lr, weight_decay=weight_decay, betas=betas)
     rates = [group["lr"] for group in optimizer.param_groups]
     path = Path(checkpoint) if checkpoint is not None else None
     history = _resume(path, model, optimizer) if path is not None and path.exists() else History()
@@ -110,7 +111,7 @@ def fit(model: nn.Module,
     for step in tqdm(range(history.steps, steps), disable=hidden, leave=False):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * cosine_schedule(step, steps, warmup)
-        with accelerator.autocast():
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16): # accelerate knows one precision a process
             value = loss(wrapped, send_to_device(batch_at(step), accelerator.device))
         if not torch.isfinite(value):
             raise ValueError(f"the loss must be finite, got {value.item()} at step {step}")

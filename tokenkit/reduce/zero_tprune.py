@@ -183,7 +183,7 @@ class ZeroTPrune(Reducer):
 
     def importance(self, layer: int, attn: Tensor, patches: Tensor, first: int) -> Tensor:
         """(B, K): importance of K patches (given by position) in the graph of them and the `first` tokens."""
-        nodes = torch.cat([torch.arange(first, device=patches.device).expand(len(patches), -1), patches], dim=1)
+        nodes = torch.cat([torch.arange(first, device=patches.device).expand(patches.shape[0], -1), patches], dim=1)
         mask = None
         if nodes.shape[1] < attn.shape[3]:
             mask = torch.zeros(attn.shape[0], attn.shape[3], dtype=torch.bool, device=attn.device).scatter(1, nodes, True)
@@ -212,7 +212,7 @@ class ZeroTPrune(Reducer):
 
     @classmethod
     def at_strength(cls, strength: float, model: nn.Module, grid: tuple[int, int]) -> "ZeroTPrune":
-        """Equal keep rates from 1 down to 0.05, after blocks 1, 3, 6 and 9 of 12 or there about, never after the first."""
+        """Equal keep rates from 1 down to 0.05, after blocks 1, 3, 6 and 9 of 12 or there about, not after the first or the last."""
         depth = len(model.blocks)
-        layers = {min(max(1, layer), depth - 1) for layer in (depth // 12, depth // 4, depth // 2, 3 * depth // 4)}
+        layers = {max(0, min(max(1, layer), depth - 2)) for layer in (depth // 12, depth // 4, depth // 2, 3 * depth // 4)}
         return cls(dict.fromkeys(sorted(layers), 1 - 0.95 * strength), num_similar=round(10 * grid[0] * grid[1] / 196))

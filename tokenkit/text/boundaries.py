@@ -30,7 +30,7 @@ def continuations(head: bytes, candidates: Sequence[int], vocab: Sequence[bytes 
         spelled = [vocab[i] for i in ids[:-1]]
         if ids and ids[-1] == v and None not in spelled and b"".join(spelled) == head:
             groups.setdefault(tuple(ids[:-1]), []).append(int(v))
-    return [(ids, np.array(sorted(entries))) for ids, entries in groups.items()]
+    return [(ids, np.unique(entries)) for ids, entries in groups.items()]
 
 # %% ../../nbs/text/boundaries.ipynb #cell-014
 NEVER = np.iinfo(np.int64).max
@@ -184,7 +184,7 @@ class Boundaries:
               candidates: Sequence[int] | None = None, # None: the whole vocabulary
               ) -> Groups:
         """The candidates that may follow `head`, in groups by spelling of the head: what `continuations` returns."""
-        v = self.every if candidates is None else np.sort(np.asarray(candidates, dtype=np.int64))
+        v = self.every if candidates is None else np.unique(np.asarray(candidates, dtype=np.int64))
         groups, unsure = self._spellings(head)
         found: dict[tuple[int, ...], list[np.ndarray]] = {}
         for ids, allowed in groups:

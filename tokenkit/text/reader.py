@@ -64,7 +64,9 @@ class CachedPath:
     @torch.no_grad()
     def read(self, wanted: Sequence[tuple[int, ...]], # id sequences, none of them empty
              ) -> tuple[dict[tuple[int, ...], Tensor], int, int]: # as `read_padded`
-        """What comes after each sequence. The path becomes the last of them."""
+        """What comes after each sequence. The path becomes the last of them. Errors: ValueError if they do not begin with the same id."""
+        if not shared_prefix(wanted):
+            raise ValueError("wanted must begin with the same id: sequences without a common beginning are no tree")
         base, passes, tokens = shared_prefix(wanted), 1, 0
         past = min(len(shared_prefix([base, self.ids])), len(base) - 1)
         commit_path(self.cache, torch.arange(past), 0)
@@ -111,9 +113,11 @@ class Reader:
             raise ValueError("wanted must not hold an empty sequence: a model reads something before it predicts")
         rows = {ids: self.rows[ids] for ids in wanted if ids in self.rows}
         missing = [ids for ids in wanted if ids not in rows]
-        for at in range(0, len(missing), self.together):
-            new, calls, tokens = self.read_rows(missing[at:at + self.together])
-            rows, self.calls, self.tokens = rows | new, self.calls + calls, self.tokens + tokens
+        for first in sorted({ids[0] for ids in missing}, key=lambda first: first == wanted[-1][0]): # the last one's tree comes last
+            alike = [ids for ids in missing if ids[0] == first]
+            for at in range(0, len(alike), self.together):
+                new, calls, tokens = self.read_rows(alike[at:at + self.together])
+                rows, self.calls, self.tokens = rows | new, self.calls + calls, self.tokens + tokens
         older = {ids: row for ids, row in self.rows.items() if ids not in rows}
         self.rows = dict(list((older | rows).items())[-self.remembered:])
         return rows
