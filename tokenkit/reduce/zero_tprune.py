@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['vote', 'weighted_page_rank', 'check_range', 'aggregate_importance', 'without_similar', 'similarity_prune',
-           'check_finite', 'best', 'importance_prune', 'ZeroTPrune']
+           'check_finite', 'best', 'importance_prune', 'patch_importance', 'ZeroTPrune']
 
 # %% ../../nbs/reduce/zero_tprune.ipynb #cell-006
 import math
@@ -150,6 +150,20 @@ def importance_prune(importance: Tensor,   # (B, M)
     return best(importance.detach(), keep)
 
 # %% ../../nbs/reduce/zero_tprune.ipynb #cell-032
+def patch_importance(attn: Tensor,      # (B, H, N, N)
+                     patches: Tensor,   # (B, K) long, positions
+                     has_class: bool,   # token 0 is a class token: it votes, too
+                     num_iters: int, var_min: float | None = None, var_max: float | None = None,
+                     ) -> Tensor:       # (B, K)
+    """WPR, VHF and EIR in the graph of some patches and the class token, without any check."""
+    front = torch.arange(int(has_class), device=patches.device).expand(patches.shape[0], -1)
+    nodes, mask = torch.cat([front, patches], dim=1), None
+    if nodes.shape[1] < attn.shape[3]:
+        mask = torch.zeros(attn.shape[0], attn.shape[3], dtype=torch.bool, device=attn.device).scatter(1, nodes, True)
+    scores = vote(attn, num_iters, mask=mask).gather(2, nodes.unsqueeze(1).expand(-1, attn.shape[1], -1))
+    return aggregate_importance(scores, var_min, var_max)[:, front.shape[1]:]
+
+# %% ../../nbs/reduce/zero_tprune.ipynb #cell-036
 class ZeroTPrune(Reducer):
     """After a few blocks, leave out near-duplicates and then the patches that page rank puts last."""
     needs = frozenset({"attn", "k"})
@@ -181,25 +195,17 @@ class ZeroTPrune(Reducer):
         """Votes in a block."""
         return self.num_iters or (30 if layer < 3 else 1 if layer >= self.num_layers - 3 else 5)
 
-    def importance(self, layer: int, attn: Tensor, patches: Tensor, first: int) -> Tensor:
-        """(B, K): importance of K patches (given by position) in the graph of them and the `first` tokens."""
-        nodes = torch.cat([torch.arange(first, device=patches.device).expand(patches.shape[0], -1), patches], dim=1)
-        mask = None
-        if nodes.shape[1] < attn.shape[3]:
-            mask = torch.zeros(attn.shape[0], attn.shape[3], dtype=torch.bool, device=attn.device).scatter(1, nodes, True)
-        scores = vote(attn, self.steps(layer), mask=mask).gather(2, nodes.unsqueeze(1).expand(-1, attn.shape[1], -1))
-        return aggregate_importance(scores, self.var_min, self.var_max)[:, first:]
-
     @torch.no_grad()
     def survivors(self, layer: int, tokens: Tokens, maps: Maps, keep: int) -> Tensor:
         """(B, keep): positions of the patches that stay."""
-        (batch, num_tokens), P, first = tokens.x.shape[:2], tokens.num_prefix, int(tokens.has_class)
+        (batch, num_tokens), P = tokens.x.shape[:2], tokens.num_prefix
         patches = torch.arange(P, num_tokens, device=tokens.x.device).expand(batch, -1)
-        S, r = self.importance(layer, maps.attn, patches, first), min(self.num_similar, num_tokens - P - keep, (num_tokens - P) // 2)
+        rest = tokens.has_class, self.steps(layer), self.var_min, self.var_max
+        S, r = patch_importance(maps.attn, patches, *rest), min(self.num_similar, num_tokens - P - keep, (num_tokens - P) // 2)
         if r > 0:
             kept = without_similar(maps.k[:, :, P:].transpose(1, 2).flatten(2), S, r)
             patches = patches.gather(1, kept)
-            S = self.importance(layer, maps.attn, patches, first) if kept.shape[1] > keep else S.gather(1, kept)
+            S = patch_importance(maps.attn, patches, *rest) if kept.shape[1] > keep else S.gather(1, kept)
         return patches.gather(1, best(S, keep))
 
     def after_block(self, layer: int, tokens: Tokens, maps: Maps) -> Tokens:

@@ -250,7 +250,7 @@ class ByteLM(ByteModel):
             out += [mix_terms(part, rows) for part in terms]
         return torch.stack(out)
 
-# %% ../../nbs/text/byte_probs.ipynb #cell-040
+# %% ../../nbs/text/byte_probs.ipynb #cell-042
 class ByteEnsemble(ByteModel):
     """Several byte models, averaged.
 
