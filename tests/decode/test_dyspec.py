@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tokenkit.decode import dyspec
 from tokenkit.decode.dyspec import (DraftReader, DySpec, Growth, branching, checked_rows, draw_chances, dynamic_tree, expected_accepted, fixed_tree, grow,
                                     threshold_tree)
 from tokenkit.decode.engine import generate, verify_sampling
@@ -131,7 +132,12 @@ def test_a_dry_distribution_opens_no_slot_beside():
 
 def test_equal_estimates_are_filled_in_the_order_of_opening():
     tree = dynamic_tree(lambda path: torch.tensor([0.5, 0.5]), 4, generator=seeded())
-    assert tree.parents.tolist() == [-1, 0, 0, 1, 2] and tree.values.tolist() == [1, 0.5, 0.5, 0.5, 0.5], "beside before below"
+    assert tree.parents.tolist() == [-1, 0, 0, 1, 2] and tree.values.tolist() == [1, 1, 0.5, 0.5, 0.5], "beside before below"
+
+
+def test_the_order_by_gain_expects_more():
+    many = [[expected_accepted(dynamic_tree(random_draft(s, 12, 2.0), 10, generator=seeded(s), by_gain=gain)) for s in range(60)] for gain in (False, True)]
+    assert sum(many[1]) > sum(many[0])
 
 
 def test_many_paths_are_read_at_once():
@@ -172,13 +178,78 @@ def test_fixed_shapes(seed):
     assert (narrow.parents == 0).sum() == 2 and len(narrow) == 1 + 2 + 4 + 4, "two tokens have no third sibling"
 
 
-@pytest.mark.parametrize("build", [lambda d, g: dynamic_tree(d, 3, generator=g), lambda d, g: threshold_tree(d, 0.3, max_size=4, generator=g)], ids=["budget", "threshold"])
-def test_written_tokens_follow_the_target(build):
-    rows, generator, draws = torch.softmax(1.5 * torch.randn(2, 6, 5, generator=seeded(3)), dim=-1), seeded(0), 10_000
+class MoreDraws(Exception):
+    """A script of draws is too short: holds the distribution that the next one is drawn from."""
+
+
+def all_outcomes(monkeypatch, build):
+    """Every tree that can be drawn, with its probability."""
+    scripts = [[]]
+    while scripts:
+        script, position, chance = scripts.pop(), 0, 1.0
+
+        def scripted(residual, generator):
+            nonlocal position, chance
+            if position == len(script):
+                raise MoreDraws(residual)
+            token = script[position]
+            position, chance = position + 1, chance * residual[token].item()
+            return token
+        monkeypatch.setattr(dyspec, "sample", scripted)
+        try:
+            yield build(), chance
+        except MoreDraws as more:
+            scripts += [[*script, token] for token in more.args[0].nonzero().flatten().tolist()]
+
+
+def two_tokens(tree, true):
+    """Exact distribution of the first two tokens that the rule writes, (V, V), by the definition of the rule."""
+    joint, left, draft, looked = torch.zeros(len(true) - 1, len(true) - 1, dtype=torch.float64), true[-1].clone(), tree.draft_probs[0].clone(), 1.0
+
+    def next_token(node, target):
+        out, left, draft, looked = torch.zeros_like(target), target.clone(), tree.draft_probs[node].clone(), 1.0
+        for child in (tree.parents == node).nonzero().flatten().tolist():
+            y = int(tree.tokens[child])
+            accept = min(1.0, float(left[y] / draft[y]))
+            out[y] += looked * accept
+            looked *= 1 - accept
+            left, draft = rejected(left, draft, y)
+        return out + looked * left
+
+    for child in (tree.parents == 0).nonzero().flatten().tolist():
+        y = int(tree.tokens[child])
+        accept = min(1.0, float(left[y] / draft[y]))
+        joint[y] += looked * accept * next_token(child, true[y])
+        looked *= 1 - accept
+        left, draft = rejected(left, draft, y)
+    return joint + looked * left[:, None] * true[:-1]  # a bonus token, then a new pass
+
+
+def rejected(left, draft, y):
+    rest = (left - draft).clamp(min=0)
+    left = rest / rest.sum() if rest.sum() > 1e-12 else left
+    draft = draft.clone()
+    draft[y] = 0
+    return left, draft / draft.sum() if draft.sum() > 0 else draft
+
+
+@pytest.mark.parametrize("build", [lambda d: dynamic_tree(d, 3), lambda d: dynamic_tree(d, 3, by_gain=True), lambda d: threshold_tree(d, 0.35, max_size=3)],
+                         ids=["budget", "by_gain", "threshold"])
+@pytest.mark.parametrize("sharp", [0.5, 2.5])
+def test_written_tokens_follow_the_target_exactly(monkeypatch, build, sharp):
+    true, wrong = torch.softmax(sharp * torch.randn(2, 5, 4, generator=seeded(3), dtype=torch.float64), dim=-1)
+    total, joint = 0.0, torch.zeros(4, 4, dtype=torch.float64)
+    for tree, chance in all_outcomes(monkeypatch, lambda: build(lambda path: wrong[path[-1] if path else 4])):
+        total, joint = total + chance, joint + chance * two_tokens(tree, true)
+    assert total == pytest.approx(1) and torch.allclose(joint, true[4][:, None] * true[:4], atol=1e-9)
+
+
+def test_drawn_tokens_follow_the_target():
+    rows, generator, draws = torch.softmax(1.5 * torch.randn(2, 6, 5, generator=seeded(3)), dim=-1), seeded(0), 2000
     true, wrong = rows  # row 5 is what comes first, row t what comes after t
     first, second = torch.zeros(5), torch.zeros(5, 5)
     for _ in range(draws):
-        tree = build(lambda path: wrong[path[-1] if path else 5], generator)
+        tree = dynamic_tree(lambda path: wrong[path[-1] if path else 5], 3, generator=generator)
         path, token = verify_sampling(tree.tokens, tree.parents, true[torch.where(tree.tokens < 0, 5, tree.tokens)], tree.draft_probs, generator=generator)
         written = [*tree.tokens[path[1:]].tolist(), token]
         first[written[0]] += 1

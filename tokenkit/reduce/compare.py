@@ -87,24 +87,27 @@ def match_flops(make: Callable[[float], nn.Module], # strength in [0, 1] -> redu
                 target: float,                      # FLOPs of one image
                 tolerance: float = 0.01,            # as near below the target as makes no difference
                 steps: int = 8,                     # at most
+                known: dict[float, float] | None = None, # strength -> FLOPs: pass one dict along and the next search starts from what the last one saw
                 ) -> tuple[nn.Module, float]:       # the model, its FLOPs: the largest found that is at most `target`
     """The weakest reduction that fits a budget. Errors: ValueError if even the strongest does not."""
-    (low, most), high, best = (0.0, model_flops(make(0.0), images)), 1.0, make(1.0)
-    least = model_flops(best, images)
-    if least > target:
-        raise ValueError(f"target must be at least {least:.3g} FLOPs, what the strongest reduction costs, got {target:.3g}")
+    known = {} if known is None else known
+
+    def cost(strength: float) -> float:
+        if strength not in known:
+            known[strength] = model_flops(make(strength), images)
+        return known[strength]
+
+    if min(cost(1.0), cost(0.0)) > target:
+        raise ValueError(f"target must be at least {cost(1.0):.3g} FLOPs, what the strongest reduction costs, got {target:.3g}")
     for _ in range(steps):
-        if target - least <= tolerance * target or most <= least:
+        high = min(s for s, spent in known.items() if spent <= target)
+        low = max((s for s in known if s < high), default=high)
+        if target - known[high] <= tolerance * target or low == high:
             break
-        share = (most - (1 - tolerance / 2) * target) / (most - least)  # where a straight line meets the target
-        middle = low + (high - low) * min(max(share, 0.1), 0.9)
-        model = make(middle)
-        cost = model_flops(model, images)
-        if cost <= target:
-            high, least, best = middle, cost, model
-        else:
-            low, most = middle, cost
-    return best, least
+        share = (known[low] - (1 - tolerance / 2) * target) / (known[low] - known[high])  # where a straight line meets the target
+        cost(low + (high - low) * min(max(share, 0.1), 0.9))
+    best = min(s for s, spent in known.items() if spent <= target)
+    return make(best), known[best]
 
 # %% ../../nbs/reduce/compare.ipynb #cell-015
 @dataclass
