@@ -143,7 +143,8 @@ def test_results_in_every_form(home):
 
 
 def test_interrupted_by_the_keyboard(home):
-    process = subprocess.Popen([*SCRIPT, "run", "slow"], cwd=home, env=os.environ | {"PYTHONPATH": str(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*SCRIPT, "run", "slow"], cwd=home, env=os.environ | {"PYTHONPATH": str(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell in the background hands down that it is ignored
     for line in process.stdout:
         if "started" in line:
             break
