@@ -7,63 +7,33 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch.utils._python_dispatch import TorchDispatchMode
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 
 from tokenkit.reduce.blocks import NEEDS
 from tokenkit.reduce.engine import (Assignment, ReducedViT, Reducer, ToMe, Tokens, bipartite_soft_matching, merge_schedule,
                                     proportional_attention, reduce_model, shrinking)
+from vits import ARCHITECTURES as SHARED
+from vits import Watch
+from vits import build as build_vit
 
 SMALL = dict(num_classes=7, depth=3, embed_dim=48, num_heads=3)
-ARCHITECTURES = {
-    "vit": ("vit_tiny_patch16_224", dict(img_size=64)),
-    "deit distilled": ("deit_tiny_distilled_patch16_224", dict(img_size=64)),
-    "dinov2": ("vit_small_patch14_dinov2", dict(img_size=70)),
-    "registers": ("vit_small_patch14_reg4_dinov2", dict(img_size=70)),
-    "no class token": ("vit_medium_patch16_gap_256", dict(img_size=64)),
+ARCHITECTURES = SHARED | {
     "registers, no class token": ("vit_medium_patch16_reg4_gap_256", dict(img_size=64)),
     "query and key norms": ("vit_tiny_patch16_224", dict(img_size=64, qk_norm=True, init_values=0.5)),
-    "norm last": ("vit_small_patch16_224", dict(img_size=64, block_fn="ResPostBlock", init_values=0.5)),
+    "norm last": ("vit_small_patch16_224", dict(img_size=64, block_fn=ResPostBlock, init_values=0.5)),
     "average and maximum": ("vit_tiny_patch16_224", dict(img_size=64, global_pool="avgmax")),
     "eva02, rotary": ("eva02_tiny_patch14_224", dict(img_size=70)),
-    "dinov3, rotary": ("vit_small_patch16_dinov3", dict(img_size=64)),
     "rotary, per layer": ("vit_small_patch16_rope_mixed_224", dict(img_size=64)),
 }
 
 
 def build(kind="vit", **changes):
-    """A small model with weights large enough that every part of it matters."""
-    name, parts = ARCHITECTURES[kind]
-    parts = {**SMALL, **parts, **changes}
-    if parts.get("block_fn") == "ResPostBlock":
-        from timm.models.vision_transformer import ResPostBlock
-        parts["block_fn"] = ResPostBlock
-    torch.manual_seed(0)
-    model = timm.create_model(name, **parts).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn_like(p))
-    return model
+    return build_vit(ARCHITECTURES[kind], **changes)
 
 
 def images(model, batch=2):
     torch.manual_seed(1)
     return torch.randn(batch, 3, *model.patch_embed.img_size)
-
-
-class Watch(TorchDispatchMode):
-    """Notes the largest last-two-dimension product of any 4-D result."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.ndim == 4 and t.shape[-1] == t.shape[-2]:
-                self.largest = max(self.largest, t.shape[-1])
-        return out
 
 
 class Reader(Reducer):

@@ -3,23 +3,19 @@ import math
 import warnings
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import Reducer, reduce_model
 from tokenkit.reduce.expedit import (Clustered, Expedit, auto_temperature, cluster_tokens, home_cells, may_vote, pool_cells, reconstruct_tokens,
                                      squared_distances)
+from vits import ARCHITECTURES as SHARED
+from vits import Watch, build, images, normal
 
 SEEDS = st.integers(0, 2**16)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @st.composite
@@ -194,24 +190,11 @@ def test_gradients():
 
 # the plug-in
 
-ARCHITECTURES = {"vit": ("vit_tiny_patch16_224", dict(img_size=64)), "deit distilled": ("deit_tiny_distilled_patch16_224", dict(img_size=64)),
-                 "dinov2": ("vit_small_patch14_dinov2", dict(img_size=70)), "registers": ("vit_small_patch14_reg4_dinov2", dict(img_size=70)),
-                 "no class token": ("vit_medium_patch16_gap_256", dict(img_size=64)), "query and key norms": ("vit_tiny_patch16_224", dict(img_size=64, qk_norm=True)),
-                 "dinov3, rotary": ("vit_small_patch16_dinov3", dict(img_size=64)), "oblong": ("vit_tiny_patch16_224", dict(img_size=(64, 96)))}
+ARCHITECTURES = SHARED | {"oblong": ("vit_tiny_patch16_224", dict(img_size=(64, 96)))}
 
 
 def vit(kind="vit", **changes):
-    name, parts = ARCHITECTURES[kind]
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**dict(depth=4, embed_dim=48, num_heads=3, num_classes=7), **parts, **changes}).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
-
-
-def images(model, batch=2):
-    return normal(batch, 3, *model.patch_embed.img_size, seed=1, dtype=torch.float32)
+    return build(ARCHITECTURES[kind], noise=0.05, **{"depth": 4, **changes})
 
 
 AUTO = dict(temperature="auto", sharpness=5.0)
@@ -305,21 +288,6 @@ def test_training_reaches_every_weight():
     dense = reduce_model(model, Expedit(1, (2, 2), **AUTO)).train().forward_dense(images(model))
     dense.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if not n.startswith("head"))
-
-
-class Watch(TorchDispatchMode):
-    """Notes whether any 4-D result is as large as an attention map."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.ndim == 4 and t.shape[-1] == t.shape[-2]:
-                self.largest = max(self.largest, t.shape[-1])
-        return out
 
 
 def test_no_attention_map_is_built():

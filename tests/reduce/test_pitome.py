@@ -3,23 +3,18 @@ import math
 import warnings
 
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import Reducer, Tokens, reduce_model
 from tokenkit.reduce.matching import Assignment, bipartite_soft_matching
 from tokenkit.reduce.pitome import PiToMe, energy_score, pairs_per_block, pairs_to_merge, pitome_matching, spectral_distance
+from vits import ARCHITECTURES, Watch, images, normal, vit
 
 CASES = dict(B=st.integers(1, 3), M=st.integers(1, 24), P=st.integers(0, 3), ratio=st.floats(0.5, 1.0), margin=st.floats(-1, 1),
              alpha=st.floats(0.1, 3.0), bsm=st.booleans(), seed=st.integers(0, 2**16))
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def energy_by_loop(tokens, margin, alpha):
@@ -260,26 +255,6 @@ def test_other_refusals():
 
 # the plug-in
 
-ARCHITECTURES = {"vit": ("vit_tiny_patch16_224", dict(img_size=64)), "deit distilled": ("deit_tiny_distilled_patch16_224", dict(img_size=64)),
-                 "dinov2": ("vit_small_patch14_dinov2", dict(img_size=70)), "registers": ("vit_small_patch14_reg4_dinov2", dict(img_size=70)),
-                 "no class token": ("vit_medium_patch16_gap_256", dict(img_size=64)), "query and key norms": ("vit_tiny_patch16_224", dict(img_size=64, qk_norm=True)),
-                 "dinov3, rotary": ("vit_small_patch16_dinov3", dict(img_size=64))}
-
-
-def vit(kind="vit", **changes):
-    name, parts = ARCHITECTURES[kind]
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**dict(depth=3, embed_dim=48, num_heads=3, num_classes=7), **parts, **changes}).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn_like(p))
-    return model
-
-
-def images(model, batch=2):
-    return normal(batch, 3, *model.patch_embed.img_size, seed=1, dtype=torch.float32)
-
-
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_on_architectures(kind):
     model = vit(kind)
@@ -331,21 +306,6 @@ def test_proportional_attention_is_off_by_default():
     assert not PiToMe().proportional and PiToMe().ratio == 0.95 and PiToMe().margin == 0.75
     with torch.no_grad():
         assert not torch.allclose(plain(images(model)), weighted(images(model)), atol=1e-3)
-
-
-class Watch(TorchDispatchMode):
-    """Notes whether any 4-D result is as large as an attention map."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.ndim == 4 and t.shape[-1] == t.shape[-2]:
-                self.largest = max(self.largest, t.shape[-1])
-        return out
 
 
 def test_no_attention_map_is_built():

@@ -13,12 +13,9 @@ from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import ToMe, Tokens, reduce_model
 from tokenkit.reduce.matching import Assignment, bipartite_soft_matching, identity
 from tokenkit.reduce.pyra import PYRA, PYRAModulation, add_lora, load_trained, merge_reactivated, reactivate, trained_state
+from vits import ARCHITECTURES, images, normal, vit
 
 SHAPES = dict(B=st.integers(1, 3), r=st.integers(1, 7), C=st.integers(1, 9), seed=st.integers(0, 2**16))
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def drawn(B, r, C, seed, dtype=torch.float64):
@@ -207,26 +204,6 @@ def test_another_image_size():
 
 
 # the plug-in
-
-ARCHITECTURES = {"vit": ("vit_tiny_patch16_224", dict(img_size=64)), "deit distilled": ("deit_tiny_distilled_patch16_224", dict(img_size=64)),
-                 "dinov2": ("vit_small_patch14_dinov2", dict(img_size=70)), "registers": ("vit_small_patch14_reg4_dinov2", dict(img_size=70)),
-                 "no class token": ("vit_medium_patch16_gap_256", dict(img_size=64)), "query and key norms": ("vit_tiny_patch16_224", dict(img_size=64, qk_norm=True)),
-                 "dinov3, rotary": ("vit_small_patch16_dinov3", dict(img_size=64))}
-
-
-def vit(kind="vit", **changes):
-    name, parts = ARCHITECTURES[kind]
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**dict(depth=3, embed_dim=48, num_heads=3, num_classes=7), **parts, **changes}).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn_like(p))
-    return model
-
-
-def images(model, batch=2):
-    return normal(batch, 3, *model.patch_embed.img_size, seed=1, dtype=torch.float32)
-
 
 def woken(schedule, dim=48, seed=0):
     """PYRA with random weights, as if trained."""

@@ -4,21 +4,17 @@ import warnings
 
 import networkx
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import Reducer, reduce_model
 from tokenkit.reduce.zero_tprune import ZeroTPrune, aggregate_importance, importance_prune, similarity_prune, weighted_page_rank
+from vits import ARCHITECTURES as SHARED
+from vits import Watch, build, images, normal
 
 SEEDS = st.integers(0, 10_000)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def graph(*shape, seed=0, dtype=torch.float64, sharp=1.0):
@@ -181,24 +177,11 @@ def test_nothing_to_remove_is_the_identity():
 
 # the plug-in
 
-ARCHITECTURES = {"vit": ("vit_tiny_patch16_224", dict(img_size=64)), "deit distilled": ("deit_tiny_distilled_patch16_224", dict(img_size=64)),
-                 "dinov2": ("vit_small_patch14_dinov2", dict(img_size=70)), "registers": ("vit_small_patch14_reg4_dinov2", dict(img_size=70)),
-                 "no class token": ("vit_tiny_patch16_224", dict(img_size=64, class_token=False, global_pool="avg")),
-                 "query and key norms": ("vit_tiny_patch16_224", dict(img_size=64, qk_norm=True)), "dinov3, rotary": ("vit_small_patch16_dinov3", dict(img_size=64))}
+ARCHITECTURES = SHARED | {"no class token": ("vit_tiny_patch16_224", dict(img_size=64, class_token=False, global_pool="avg"))}
 
 
 def vit(kind="vit", **changes):
-    name, parts = ARCHITECTURES[kind]
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**dict(depth=4, embed_dim=48, num_heads=3, num_classes=7), **parts, **changes}).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def images(model, batch=2):
-    return normal(batch, 3, *model.patch_embed.img_size, seed=1, dtype=torch.float32)
+    return build(ARCHITECTURES[kind], noise=0.1, **{"depth": 4, **changes})
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -263,18 +246,6 @@ def test_votes_of_each_block():
     rule = reduce_model(vit(depth=12, img_size=32), ZeroTPrune({})).reducer
     assert [rule.steps(layer) for layer in range(12)] == [30] * 3 + [5] * 6 + [1] * 3
     assert ZeroTPrune({}, num_iters=7).steps(2) == 7
-
-
-class Watch(TorchDispatchMode):
-    """Notes the largest square 4-D result."""
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.ndim == 4 and t.shape[-1] == t.shape[-2]:
-                self.largest = max(self.largest, t.shape[-1])
-        return out
 
 
 def test_maps_are_built_in_pruning_blocks_only():

@@ -7,14 +7,13 @@ __all__ = ['TokenPath', 'DraftFn', 'ReadPaths', 'checked_rows', 'Growth', 'grow'
 
 # %% ../../nbs/decode/dyspec.ipynb #cell-006
 import heapq
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .engine import trimmable_cache
+from .engine import last_logits, model_mask, trimmable_cache
 from .trees import DraftTree, check_temperature, sample, tree_layout
 
 TokenPath = tuple[int, ...]                                  # the tokens that lead from the root to a node; the root's is ()
@@ -200,7 +199,7 @@ class DraftReader:
         """One pass over new tokens, at the draft's temperature; at temperature 0 all on the best."""
         self.passes += 1
         last = len(tokens) if where else 1
-        few = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        few = last_logits(self.model, last)
         logits = self.model(tokens.to(self.model.device)[None], past_key_values=self.cache, use_cache=True, **few, **where).logits[0, -last:].float()
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
@@ -226,10 +225,8 @@ class DraftReader:
         mask[:, :len(self.text)] = True
         for seen, path in zip(mask, paths):
             seen[[self.rows[path[:depth]] for depth in range(1, len(path) + 1)]] = True
-        if self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
-            mask = torch.zeros(mask.shape, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
         positions = torch.tensor([[len(self.text) - 1 + len(path) for path in paths]])
-        return self.probabilities(torch.tensor([path[-1] for path in paths]), attention_mask=mask[None, None].to(self.model.device),
+        return self.probabilities(torch.tensor([path[-1] for path in paths]), attention_mask=model_mask(self.model, mask),
                                   position_ids=positions.to(self.model.device))
 
 # %% ../../nbs/decode/dyspec.ipynb #cell-026

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .blocks import Maps
 from .engine import Reducer, Tokens
-from .matching import Assignment, take_slots
+from .matching import Assignment, at_least_float32, take_slots
 
 # %% ../../nbs/reduce/ats.ipynb #cell-013
 def score_row(class_attn: Tensor,    # (B, H, N), what the class token attends to
@@ -134,7 +134,7 @@ def inverse_transform_sample(scores: Tensor,     # (B, M), not negative
     check_samples(num_samples)
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise ValueError(f"scores must be (B, M) with M >= 1, got {tuple(scores.shape)}")
-    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    scores = at_least_float32(scores.detach())
     check_scores(scores)
     return draw_patches(scores, num_samples)
 
@@ -167,8 +167,7 @@ class ATS(Reducer):
         self.num_samples, self.layers = num_samples, tuple(layers)
 
     def start(self, tokens: Tokens) -> Tokens:
-        if wrong := [layer for layer in self.layers if not 0 <= layer < self.num_layers]:
-            raise ValueError(f"layers must be in 0..{self.num_layers - 1} for this model, got {wrong}")
+        self.check_layers(self.layers)
         if not tokens.has_class:
             raise ValueError("ATS needs a class token: its attention says which patches are significant")
         return tokens

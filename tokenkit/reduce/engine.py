@@ -4,21 +4,21 @@
 __all__ = ['head_mean', 'Tokens', 'pool_tokens', 'padded', 'places', 'Reducer', 'ReducedViT', 'reduce_model', 'shrinking', 'ToMe']
 
 # %% ../../nbs/reduce/engine.ipynb #cell-010
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import NEEDS, Maps, attention_half, block_attention, check_model, embed_image, mlp_half, shared_copy, slot_rope
-from .matching import (Assignment, attention_bias, bipartite_soft_matching, identity, match_alternating, merge_schedule,
-                                      proportional_attention, take_slots)
+from .matching import (Assignment, at_least_float32, attention_bias, bipartite_soft_matching, identity, match_alternating,
+                                      merge_schedule, proportional_attention, take_slots)
 
 # %% ../../nbs/reduce/engine.ipynb #cell-011
 def head_mean(k: Tensor, # (B, H, N, D)
               ) -> Tensor: # (B, N, D), at least float32
     """Keys averaged over heads: what ToMe calls similar."""
-    return k.transpose(1, 2).to(torch.promote_types(k.dtype, torch.float32)).mean(dim=2)
+    return at_least_float32(k.transpose(1, 2)).mean(dim=2)
 
 # %% ../../nbs/reduce/engine.ipynb #cell-015
 @dataclass
@@ -104,6 +104,11 @@ class Reducer(nn.Module):
     def start(self, tokens: Tokens) -> Tokens:
         """Before the first block."""
         return tokens
+
+    def check_layers(self, layers: Iterable[int]) -> None:
+        """ValueError unless all of them are blocks of this model."""
+        if wrong := [layer for layer in layers if not 0 <= layer < self.num_layers]:
+            raise ValueError(f"layers must be in 0..{self.num_layers - 1} for this model, got {wrong}")
 
     def before_block(self, layer: int, tokens: Tokens,
                      attend: Callable[[Tokens], Tensor], # this block's attention map (B, H, N, N) for some tokens

@@ -96,8 +96,7 @@ class EViT(Reducer):
         self.keep_rate, self.layers, self.fuse = keep_rate, tuple(layers), fuse
 
     def start(self, tokens: Tokens) -> Tokens:
-        if wrong := [layer for layer in self.layers if not 0 <= layer < self.num_layers]:
-            raise ValueError(f"layers must be in 0..{self.num_layers - 1} for this model, got {wrong}")
+        self.check_layers(self.layers)
         if not tokens.has_class:
             raise ValueError("EViT needs a class token: its attention decides which patches stay")
         return tokens

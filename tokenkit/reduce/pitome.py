@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .blocks import Maps
 from .engine import Reducer, Tokens, head_mean
-from .matching import Assignment, identity
+from .matching import Assignment, at_least_float32, identity
 
 # %% ../../nbs/reduce/pitome.ipynb #cell-013
 def cosines(metric: Tensor,  # (B, M, D)
             ) -> Tensor:     # (B, M, M), at least float32
     """Cosine of every pair of tokens."""
-    unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    unit = F.normalize(at_least_float32(metric), dim=-1)
     return unit @ unit.transpose(1, 2)
 
 
@@ -36,7 +36,7 @@ def check_metric(metric: Tensor) -> None:
         raise ValueError(f"metric must be (B, N, D), got {tuple(metric.shape)}")
     if torch.compiler.is_compiling():
         return
-    norms = metric.detach().to(torch.promote_types(metric.dtype, torch.float32)).norm(dim=2)
+    norms = at_least_float32(metric.detach()).norm(dim=2)
     if not norms.isfinite().all():
         raise ValueError("metric must be finite; it holds NaN or infinity")
     if not (norms > 0).all():

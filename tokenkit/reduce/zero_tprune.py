@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .blocks import Maps
 from .engine import Reducer, Tokens
-from .matching import Assignment, take
+from .matching import Assignment, at_least_float32, take
 
 # %% ../../nbs/reduce/zero_tprune.ipynb #cell-013
 def vote(attn: Tensor,                 # (B, H, N, N), rows sum to 1
@@ -24,7 +24,7 @@ def vote(attn: Tensor,                 # (B, H, N, N), rows sum to 1
          ) -> Tensor:                  # (B, H, N), at least float32, sums to 1
     """Page rank without any check, for use inside a model: no value is read back from the device, unless for tol."""
     with torch.autocast(attn.device.type, enabled=False):
-        attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
+        attn = at_least_float32(attn)
         inside = attn.new_ones(attn.shape[0], 1, 1, attn.shape[3]) if mask is None else mask[:, None, None].to(attn.dtype)
         start = (inside / inside.sum(dim=3, keepdim=True)).expand(-1, attn.shape[1], -1, -1)
         s = start
@@ -87,7 +87,7 @@ def aggregate_importance(scores: Tensor,                  # (B, H, N), sums to 1
     if scores.ndim != 3 or 0 in scores.shape[1:]:
         raise ValueError(f"scores must be (B, H, N), got {tuple(scores.shape)}")
     check_range(var_min, var_max)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = at_least_float32(scores)
     variance = (scores.shape[2] * scores).var(dim=2, correction=0)
     passes = (variance >= (-math.inf if var_min is None else var_min)) & (variance <= (math.inf if var_max is None else var_max))
     passes = (passes | ~passes.any(dim=1, keepdim=True)).to(scores.dtype).unsqueeze(2)
@@ -100,7 +100,7 @@ def without_similar(keys: Tensor,         # (B, M, D)
     """The S-stage without any check."""
     order = importance.argsort(dim=1, descending=True, stable=True)
     upper, lower = order.split([(order.shape[1] + 1) // 2, order.shape[1] // 2], dim=1)
-    unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=2)
+    unit = F.normalize(at_least_float32(keys), dim=2)
     closest = (take(unit, lower) @ take(unit, upper).transpose(1, 2)).amax(dim=2)
     likeness = unit.new_full(order.shape, -torch.inf).scatter(1, lower, closest)  # the upper half always stays
     return likeness.argsort(dim=1, stable=True)[:, :order.shape[1] - r].sort(dim=1).values

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['Pair', 'BOUNDARIES', 'SPACELIKE', 'IsValid', 'Batch', 'SIGNS', 'SIDES', 'token_bytes', 'valid_pair',
-           'most_frequent_pair', 'merge_pair', 'merge_steps', 'dynamic_bpe', 'count_tokens', 'merges_for_reduction',
-           'PartNetwork', 'parts_of', 'network_embedder', 'token_strings', 'punctuation', 'pad_rows',
-           'DynamicTokenizer']
+           'most_frequent_pair', 'merge_pair', 'merge_steps', 'dynamic_bpe', 'count_tokens', 'reduced_bpe',
+           'merges_for_reduction', 'PartNetwork', 'parts_of', 'network_embedder', 'token_strings', 'punctuation',
+           'pad_rows', 'DynamicTokenizer']
 
 # %% ../../nbs/text/dynamic_tok.ipynb #cell-006
 from collections import Counter, OrderedDict
@@ -130,15 +130,27 @@ def count_tokens(batch: Sequence[Sequence[str]]) -> int:
     return sum(len(sequence) for sequence in batch)
 
 
-def merges_for_reduction(batch: Sequence[Sequence[str]],
-                         reduction: float, # share of the way from no merge to all merges, in tokens
-                         *, is_valid: IsValid | None = None) -> int:
-    """The smallest number of merges that reaches a reduction. Errors: ValueError outside [0, 1], for an empty batch or token."""
+def reduced_bpe(batch: Sequence[Sequence[str]],
+                reduction: float, # share of the way from no merge to all merges, in tokens
+                *, is_valid: IsValid | None = None,
+                ) -> tuple[Batch, list[Pair]]: # as `dynamic_bpe`
+    """As few merges as reach a reduction. Errors: ValueError outside [0, 1], for an empty batch or token."""
     if not 0 <= reduction <= 1:
         raise ValueError(f"reduction must be in [0, 1], got {reduction}")
-    lengths = [count_tokens(_checked(batch)), *(count_tokens(merged) for _, merged in merge_steps(batch, is_valid))]
+    batch, lengths, pairs = _checked(batch), [count_tokens(_checked(batch))], []
+    for pair, merged in merge_steps(batch, is_valid):
+        pairs.append(pair)
+        lengths.append(count_tokens(merged))
     wanted = reduction * (lengths[0] - lengths[-1]) - 1e-9 # 0.1 * 30 is 3
-    return next(n for n, length in enumerate(lengths) if lengths[0] - length >= wanted)
+    done = pairs[:next(n for n, length in enumerate(lengths) if lengths[0] - length >= wanted)]
+    for pair in done:
+        batch = merge_pair(batch, pair)
+    return batch, done
+
+
+def merges_for_reduction(batch: Sequence[Sequence[str]], reduction: float, *, is_valid: IsValid | None = None) -> int:
+    """The smallest number of merges that reaches a reduction. Errors: as `reduced_bpe`."""
+    return len(reduced_bpe(batch, reduction, is_valid=is_valid)[1])
 
 # %% ../../nbs/text/dynamic_tok.ipynb #cell-021
 class PartNetwork(nn.Module):
@@ -280,5 +292,5 @@ class DynamicTokenizer:
         if (n_merges is None) == (reduction is None):
             raise ValueError(f"give exactly one of n_merges and reduction, got {n_merges} and {reduction}")
         batch = self.split(texts)
-        count = merges_for_reduction(batch, reduction, is_valid=self.is_valid) if n_merges is None else n_merges
-        return self.pad(dynamic_bpe(batch, count, is_valid=self.is_valid)[0], padding_side)
+        merge, amount = (reduced_bpe, reduction) if n_merges is None else (dynamic_bpe, n_merges)
+        return self.pad(merge(batch, amount, is_valid=self.is_valid)[0], padding_side)

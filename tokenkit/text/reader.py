@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..decode.engine import commit_path, read_tree, trimmable_cache
+from ..decode.engine import commit_path, last_logits, read_tree, trimmable_cache
 from ..decode.trees import DraftTree
 
 # %% ../../nbs/text/reader.ipynb #cell-007
@@ -81,7 +81,7 @@ class CachedPath:
 
     def skim(self, ids: Sequence[int]) -> None:
         """Read on along the path, without asking what comes next."""
-        self.model(torch.tensor([ids], device=self.model.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(torch.tensor([ids], device=self.model.device), past_key_values=self.cache, use_cache=True, **last_logits(self.model, 1))
 
 # %% ../../nbs/text/reader.ipynb #cell-021
 class Reader:
