@@ -459,3 +459,30 @@ def test_strength():
     assert counts[0] == 17 and counts == sorted(counts, reverse=True) and counts[-1] <= 5
     with pytest.raises(NotImplementedError):
         Reducer.at_strength(0.5, model, (4, 4))
+
+
+class Ahead(Reducer):
+    """Computes each block's attention ahead and hands it in."""
+
+    def before_block(self, layer, tokens, attend):
+        return tokens, attend(tokens)
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_queries_and_keys_ahead_then_values_alone_are_the_block(kind):
+    model = build(kind)
+    pixels = images(model)
+    with torch.no_grad():
+        assert torch.allclose(reduce_model(model, Ahead())(pixels), model(pixels), atol=1e-4)
+
+
+def test_attention_ahead_reads_an_adapted_projection():
+    from tokenkit.reduce.pyra import add_lora
+    model = add_lora(build("vit"), rank=2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    pixels = images(model)
+    with torch.no_grad():
+        assert torch.allclose(reduce_model(model, Ahead())(pixels), model(pixels), atol=1e-4)
