@@ -37,7 +37,7 @@ def test_borders_between_cells_are_membranes(batch):
 def test_neurites_go_on_and_on(batch):
     after = (batch.cells[:, 1:] == batch.cells[:, :-1]).float().mean()
     later = (batch.cells[:, 8:] == batch.cells[:, :-8]).float().mean()
-    assert after > 0.9 > later > 0.2
+    assert after > 0.8 > later > 0.2
 
 
 def test_affinities_against_a_loop(batch):

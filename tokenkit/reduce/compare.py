@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['RandomPruning', 'RandomMerging', 'counts_of', 'model_flops', 'match_flops', 'Task', 'load_task', 'correct',
-           'class_features', 'fidelity', 'restart', 'draw_survivors', 'training_free_reducers']
+           'class_features', 'fidelity', 'restart', 'draw_survivors', 'family_reducers', 'training_free_reducers']
 
 # %% ../../nbs/reduce/compare.ipynb #cell-005
 import importlib
@@ -192,9 +192,14 @@ def draw_survivors(ax: Axes,
     overlay_tokens(ax, image, tokens.index[0, tokens.num_prefix:].cpu(), tokens.grid, title or f"{count - tokens.num_prefix} tokens")
 
 # %% ../../nbs/reduce/compare.ipynb #cell-024
-def training_free_reducers() -> dict[str, type[Reducer]]: # class name -> class, baselines first
-    """All reducers of the family that need no training."""
+def family_reducers() -> dict[str, type[Reducer]]: # class name -> class, baselines first
+    """All reducers of the family that implement `at_strength`."""
     names = ["compare", "engine", *(e.name for e in load_catalog().methods("reduce"))]
     modules = [importlib.import_module(f"tokenkit.reduce.{name}") for name in names]
     classes = [c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, Reducer) and c.__module__ == m.__name__]
-    return {c.__name__: c for c in classes if c.training_free}
+    return {c.__name__: c for c in classes if c.at_strength.__func__ is not Reducer.at_strength.__func__}
+
+
+def training_free_reducers() -> dict[str, type[Reducer]]:
+    """Those of them that need no training."""
+    return {name: c for name, c in family_reducers().items() if c.training_free}

@@ -133,7 +133,7 @@ class Reducer(nn.Module):
                     model: nn.Module,        # the timm model to be reduced
                     grid: tuple[int, int],   # its patches
                     ) -> "Reducer":
-        """The method at one strength, for comparisons at equal FLOPs. Methods with training_free = True implement it."""
+        """The method at one strength, for comparisons at equal FLOPs. Methods that implement it are on the family page."""
         raise NotImplementedError(f"{cls.__name__} has no at_strength")
 
 # %% ../../nbs/reduce/engine.ipynb #cell-029

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Maps
-from .engine import Reducer, Tokens, head_mean
+from .engine import Reducer, Tokens, head_mean, shrinking
 from .matching import Assignment, match_alternating, merge_schedule, slot_sum, take
 
 # %% ../../nbs/reduce/pyra.ipynb #cell-012
@@ -121,6 +121,15 @@ class PYRA(Reducer):
         pairs = match_alternating(head_mean(maps.k), self.schedule[layer], tokens.num_prefix)
         x, _ = merge_reactivated(tokens.x, tokens.size, pairs, modulation)
         return tokens.apply(pairs, x=x)
+
+    @classmethod
+    def at_strength(cls, strength: float, model: nn.Module, grid: tuple[int, int]) -> "PYRA":
+        """The same share of the patches in each block, up to half of them. It is to be trained."""
+        left, schedule = grid[0] * grid[1], []
+        for r in shrinking(left, strength / 2, len(model.blocks)):
+            schedule.append(min(r, left // 2))
+            left -= schedule[-1]
+        return cls(model.embed_dim, schedule)
 
 # %% ../../nbs/reduce/pyra.ipynb #cell-029
 def add_lora(model: nn.Module,                 # a timm ViT; it stays as it is
