@@ -15,7 +15,7 @@ from .blocks import Maps, shared_copy
 from .engine import ReducedViT, Reducer, Tokens, reduce_model
 from .matching import attention_map
 
-# %% ../../nbs/reduce/stvit.ipynb #cell-011
+# %% ../../nbs/reduce/stvit.ipynb #cell-013
 def pool_semantic_tokens(x: Tensor,                  # (B, h * w, C), patches row by row
                          grid: tuple[int, int],      # (h, w)
                          out: tuple[int, int] = (4, 4), # (rows, columns) of the centres
@@ -42,7 +42,7 @@ def check_centres(out: tuple[int, int]) -> None:
     if len(out) != 2 or min(out) < 1:
         raise ValueError(f"out must be (rows, columns) of at least 1, got {tuple(out)}")
 
-# %% ../../nbs/reduce/stvit.ipynb #cell-014
+# %% ../../nbs/reduce/stvit.ipynb #cell-016
 class CrossBlock(nn.Module):
     """A pre-norm transformer block whose queries and whose keys and values may be different tokens."""
 
@@ -87,7 +87,7 @@ class CrossBlock(nn.Module):
         q, k, _ = self.project(x, context)
         return attention_map(q, k, None, self.scale)
 
-# %% ../../nbs/reduce/stvit.ipynb #cell-017
+# %% ../../nbs/reduce/stvit.ipynb #cell-021
 class SemanticTokens(nn.Module):
     """The semantic token generation module (STGM): pooled centres, refined by two cross blocks."""
 
@@ -125,7 +125,7 @@ class SemanticTokens(nn.Module):
         query = s if self.global_tokens is None else s + F.pad(self.global_tokens, (0, 0, front.shape[1], 0))
         return self.block2(query, self.context(s, x))
 
-# %% ../../nbs/reduce/stvit.ipynb #cell-020
+# %% ../../nbs/reduce/stvit.ipynb #cell-024
 @dataclass
 class Semantic(Tokens):
     """Semantic tokens on their way, with the image tokens that they were made from."""
@@ -169,7 +169,7 @@ class STViT(Reducer):
         x = torch.cat([prefix, self.recovery(tokens.image, semantic)], dim=1)
         return Tokens.fresh(x, tokens.num_prefix, tokens.grid, tokens.has_class)
 
-# %% ../../nbs/reduce/stvit.ipynb #cell-022
+# %% ../../nbs/reduce/stvit.ipynb #cell-028
 @torch.no_grad()
 def cross_block(block: nn.Module,         # a timm block, trained or not
                 residual: bool = True,
@@ -193,7 +193,7 @@ def cross_block(block: nn.Module,         # a timm block, trained or not
         mine.copy_(getattr(theirs, "gamma", torch.ones_like(mine)))
     return made
 
-# %% ../../nbs/reduce/stvit.ipynb #cell-023
+# %% ../../nbs/reduce/stvit.ipynb #cell-031
 def convert(model: nn.Module,               # a timm VisionTransformer, trained
             layer: int,                     # the last block that sees all patches
             out: tuple[int, int] = (4, 4),
@@ -210,7 +210,7 @@ def convert(model: nn.Module,               # a timm VisionTransformer, trained
     blocks = list(vit.blocks)
     if not 0 <= layer < len(blocks) - 2:
         raise ValueError(f"layer must be in 0..{len(blocks) - 3}, so that two blocks follow it, got {layer}")
-    reducer = STViT(vit.embed_dim, blocks[0].attn.num_heads, layer, out, global_tokens, recover, mode).to(vit.pos_embed)
+    reducer = STViT(vit.embed_dim, blocks[0].attn.num_heads, layer, out, global_tokens, recover, mode).to(next(vit.parameters()))
     reducer.semantic.block1, reducer.semantic.block2 = (cross_block(blocks[layer + i]) for i in (1, 2))
     if recover:
         reducer.recovery = cross_block(blocks[-1])
