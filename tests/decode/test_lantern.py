@@ -179,7 +179,7 @@ def test_ties():
 
 # ---- sampling
 
-def outcome(first, neighbors, children, rounds=4000, draft=None, **settings):
+def outcome(first, neighbors, children, rounds=1500, draft=None, **settings):
     tokens = torch.tensor([-1, *children])
     parents = torch.tensor([-1, *[0] * len(children)])
     target = first.expand(len(tokens), -1)
@@ -194,9 +194,9 @@ def test_chosen_guesses_follow_the_relaxed_distribution():
     _, neighbors, p = world(3)
     for x in (0, 4):
         found = outcome(p, neighbors, [x], k=4, delta=0.3)
-        assert (found - relaxed_distribution(p, x, neighbors, k=4, delta=0.3)).abs().sum() / 2 < 0.04
+        assert (found - relaxed_distribution(p, x, neighbors, k=4, delta=0.3)).abs().sum() / 2 < 0.06
     exact = outcome(p, neighbors, [2, 5], k=4, delta=0.0)
-    assert (exact - p).abs().sum() / 2 < 0.04
+    assert (exact - p).abs().sum() / 2 < 0.06
 
 
 def test_siblings_meet_the_residual():
@@ -209,7 +209,7 @@ def test_siblings_meet_the_residual():
     second = torch.tensor(by_hand(rest, y, neighbors[y], k, delta)[0])
     expected = (1 - first[x]) * second
     expected[x] += first[x]
-    assert (outcome(p, neighbors, [x, y], k=k, delta=delta) - expected).abs().sum() / 2 < 0.04
+    assert (outcome(p, neighbors, [x, y], k=k, delta=delta) - expected).abs().sum() / 2 < 0.06
 
 
 def test_drawn_guesses_follow_the_relaxed_distribution():
@@ -222,13 +222,13 @@ def test_drawn_guesses_follow_the_relaxed_distribution():
         rest = (relaxed - q).clamp(min=0)
         expected += q[x] * (1 - accept) * rest / rest.sum().clamp(min=1e-9)
         expected[x] += q[x] * accept
-    g, counts, rounds = lots(2), torch.zeros(SIZE), 4000
+    g, counts, rounds = lots(2), torch.zeros(SIZE), 1500
     for _ in range(rounds):
         x = int(torch.multinomial(q, 1, generator=g))
         path, bonus = lantern_verify_sampling(torch.tensor([-1, x]), torch.tensor([-1, 0]), p.expand(2, -1), neighbors,
                                               draft_probs=q.expand(2, -1), k=2, delta=0.2, generator=g)
         counts[x if len(path) > 1 else bonus] += 1
-    assert (counts / rounds - expected).abs().sum() / 2 < 0.04
+    assert (counts / rounds - expected).abs().sum() / 2 < 0.06
 
 
 def test_nothing_left_means_anything():

@@ -44,7 +44,7 @@ class Documents(Batch):
         return dict(image=to_pil(page_images(self)[0]), words=self.words, boxes=[b.tolist() for b in self.boxes], tags=self.tags,
                     fields=[json.dumps(known) for known in self.fields], index=self.index.tolist())
 
-
+# %% ../../nbs/core/world_documents.ipynb #cell-010
 def _turned(boxes: np.ndarray, degrees: float) -> np.ndarray:  # (W, 4)
     """Upright frames of boxes turned about the page's middle."""
     c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
@@ -101,7 +101,7 @@ def documents(
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return Documents(**columns | {name: torch.tensor(columns[name]) for name in ("layouts", "skew", "index")})
 
-# %% ../../nbs/core/world_documents.ipynb #cell-011
+# %% ../../nbs/core/world_documents.ipynb #cell-012
 def page_images(
     batch: Documents,
     *,
@@ -130,7 +130,7 @@ def page_images(
         inks.append(ink > 0.35)
     return torch.from_numpy(np.stack(papers))[:, None].repeat(1, 3, 1, 1), torch.from_numpy(np.stack(inks))
 
-# %% ../../nbs/core/world_documents.ipynb #cell-013
+# %% ../../nbs/core/world_documents.ipynb #cell-014
 @dataclass(frozen=True)
 class PageQuestion:
     """A question about one page, its answer, and the numbers of the words that are the answer."""

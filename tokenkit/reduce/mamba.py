@@ -56,7 +56,7 @@ def scan(steps: Tensor,   # (B, L, E), positive: how far the state decays before
     """h_t = exp(steps_t A) h_(t-1) + inputs_t B_t and y_t = C_t · h_t, from h = 0: loops over time, everything else at once."""
     return Scan.apply(steps, inputs, A, B, C)
 
-# %% ../../nbs/reduce/mamba.ipynb #cell-018
+# %% ../../nbs/reduce/mamba.ipynb #cell-019
 ALIGNMENTS = ("decay", "hold")
 
 
@@ -114,13 +114,13 @@ def selective_scan(u: Tensor,                    # (B, L, E) input
         y = y + at_least_float32(D) * wide
     return (y if keep is None else torch.where(keep.unsqueeze(2), y, 0.0)).to(u.dtype)
 
-# %% ../../nbs/reduce/mamba.ipynb #cell-023
+# %% ../../nbs/reduce/mamba.ipynb #cell-024
 def gaps_before(positions: Tensor,  # (B, K) places of the kept tokens in the original sequence, ascending or descending
                 ) -> Tensor:        # (B, K) how many pruned places lie just before each of them; 0 for the first
     """Pruned places that the state passes on its way to each kept token."""
     return F.pad(positions.diff(dim=1).abs() - 1, (1, 0))
 
-# %% ../../nbs/reduce/mamba.ipynb #cell-026
+# %% ../../nbs/reduce/mamba.ipynb #cell-027
 class Direction(nn.Module):
     """One way along the sequence: causal convolution, SiLU, then a scan whose step, B and C come from the input."""
 
@@ -150,7 +150,7 @@ class Direction(nn.Module):
             steps = delta if gaps is None else delta + gaps.unsqueeze(2) * F.softplus(bias)
             return (scan(steps, delta * u, -A_log.exp(), B, C) + D * u).to(x.dtype)
 
-# %% ../../nbs/reduce/mamba.ipynb #cell-029
+# %% ../../nbs/reduce/mamba.ipynb #cell-030
 class VimBlock(nn.Module):
     """Norm, projection to (x, z), a scan in each direction, gate, projection back, residual."""
 
@@ -174,7 +174,7 @@ class VimBlock(nn.Module):
         y = y * F.silu(gate)
         return x + self.out_proj(y / len(self.directions)), y
 
-# %% ../../nbs/reduce/mamba.ipynb #cell-033
+# %% ../../nbs/reduce/mamba.ipynb #cell-034
 class VisionMamba(nn.Module):
     """Patches in raster order with the class token in their middle, through bidirectional Mamba blocks (Vim).
 
@@ -236,7 +236,7 @@ class VisionMamba(nn.Module):
         x = self.forward_features(images, prune)
         return self.head(take(x, self.assignment.index[:, self.class_position].unsqueeze(1)).squeeze(1))
 
-# %% ../../nbs/reduce/mamba.ipynb #cell-038
+# %% ../../nbs/reduce/mamba.ipynb #cell-039
 def from_vim(state: Mapping[str, Tensor], # as in the authors' checkpoints (bimamba "v2", class token in the middle)
              ) -> dict[str, Tensor]:      # for VisionMamba.load_state_dict
     """The authors' names of weights turned into ours."""
