@@ -64,7 +64,7 @@ def _blur(x: np.ndarray, width: int) -> np.ndarray:
         x = np.swapaxes(sum(w * padded[..., i : i + x.shape[-1]] for i, w in enumerate(kernel / kernel.sum())), axis, -1)
     return x
 
-
+# %% ../../nbs/core/world_spectra.ipynb #cell-013
 def _survey(index: np.ndarray, seed: int, split: str, size: int, spectra: np.ndarray, patches: int, noise: float, variety: float, labelled: float) -> Cubes:
     draws, b, m = Draws(seed, index, split), len(index), len(spectra)
     y, x = np.meshgrid(np.arange(size) / size, np.arange(size) / size, indexing="ij")
@@ -94,7 +94,7 @@ def _survey(index: np.ndarray, seed: int, split: str, size: int, spectra: np.nda
     labels = np.where(known & (draws.uniform("labelled", size, size) < labelled), 1 + share.argmax(1), 0)
     return Cubes(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (cubes.astype(np.float32), labels, share.argmax(1), share, field, light, index)))
 
-
+# %% ../../nbs/core/world_spectra.ipynb #cell-014
 def spectral_scenes(
     n: int | Sequence[int] = 1,  # how many, or which numbers
     size: int = 64,  # pixels on each side
@@ -120,7 +120,7 @@ def spectral_scenes(
     step = max(1, 400_000 // size**2 // bands)
     return Cubes.join([_survey(index[i : i + step], seed, split, size, spectra, patches, noise, variety, labelled) for i in range(0, len(index), step)])
 
-# %% ../../nbs/core/world_spectra.ipynb #cell-015
+# %% ../../nbs/core/world_spectra.ipynb #cell-017
 def pixel_split(
     labels: Tensor,  # (H, W) 0 = unlabelled
     share: float = 0.05,  # of the labelled pixels, for training

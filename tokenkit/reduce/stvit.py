@@ -169,6 +169,12 @@ class STViT(Reducer):
         x = torch.cat([prefix, self.recovery(tokens.image, semantic)], dim=1)
         return Tokens.fresh(x, tokens.num_prefix, tokens.grid, tokens.has_class)
 
+    @classmethod
+    def at_strength(cls, strength: float, model: nn.Module, grid: tuple[int, int]) -> "STViT":
+        """From all patches to a quarter of each side, after a third of the blocks. It is to be trained, in short: the scales begin at 0.1."""
+        out = tuple(max(1, round(side * (1 - 0.75 * strength))) for side in grid)
+        return cls(model.embed_dim, model.blocks[0].attn.num_heads, max(1, len(model.blocks) // 3) - 1, out, init_values=0.1)
+
 # %% ../../nbs/reduce/stvit.ipynb #cell-028
 @torch.no_grad()
 def cross_block(block: nn.Module,         # a timm block, trained or not
