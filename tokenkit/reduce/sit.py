@@ -172,10 +172,9 @@ class SiT(Reducer):
 
     @classmethod
     def at_strength(cls, strength: float, model: nn.Module, grid: tuple[int, int]) -> "SiT":
-        """From all patches to a fifth of them, after each of the first blocks (a quarter of the depth apart). It is to be trained."""
-        depth = len(model.blocks)
-        layers = sorted({max(1, round(depth * share)) for share in (0.25, 0.5, 0.75)})
-        return cls(model.embed_dim, grid[0] * grid[1], layers, 1 - 0.8 * strength)
+        """From all patches to a fifth of them, but at least one, after a quarter, half and three quarters of the blocks. It is to be trained."""
+        layers, patches = sorted({max(1, round(len(model.blocks) * share)) for share in (0.25, 0.5, 0.75)}), grid[0] * grid[1]
+        return cls(model.embed_dim, patches, layers, max(1 - 0.8 * strength, (1.01 / patches) ** (1 / len(layers))))
 
 # %% ../../nbs/reduce/sit.ipynb #cell-032
 class Recalibration(nn.Module):
