@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SCATTER_MODES', 'gather_attention', 'scatter_attention', 'check_grid', 'compress_tokens', 'LookupBlock', 'norm',
-           'LookupViT', 'initialize', 'lookupvit_tiny']
+           'initialize', 'LookupViT', 'lookupvit_tiny']
 
 # %% ../../nbs/reduce/lookupvit.ipynb #cell-006
 from collections.abc import Callable
@@ -127,6 +127,14 @@ def norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-6)
 
 # %% ../../nbs/reduce/lookupvit.ipynb #cell-025
+def initialize(module: nn.Module) -> None:
+    """As timm's ViT: small linear weights, no bias."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+# %% ../../nbs/reduce/lookupvit.ipynb #cell-027
 class LookupViT(nn.Module):
     """A vision transformer with many lookup tokens and few compressed ones. After a call, `counts` are the compressed tokens of each block, `grid` is the lookup grid."""
 
@@ -145,8 +153,7 @@ class LookupViT(nn.Module):
         self.num_features = self.embed_dim = dim
         self.compressed, self.grid, self.counts = tuple(compressed), self.lookup_grid(img_size, img_size), []
         check_grid("compressed", self.compressed, largest=self.grid)
-        embed_layer = embed_layer or partial(PatchEmbed, strict_img_size=False)
-        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=dim)
+        self.patch_embed = (embed_layer or partial(PatchEmbed, strict_img_size=False))(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=dim)
         self.blocks = nn.ModuleList(LookupBlock(dim, num_heads, mlp_ratio, lookup_mlp_ratio, scatter=scatter) for _ in range(depth))
         self.norm, self.head = norm(dim), nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.apply(initialize)
@@ -182,8 +189,7 @@ class LookupViT(nn.Module):
 
     def forward_head(self, few: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, or the pooled features, of normalized compressed tokens."""
-        pooled = few.mean(dim=1)
-        return pooled if pre_logits else self.head(pooled)
+        return few.mean(dim=1) if pre_logits else self.head(few.mean(dim=1))
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""
@@ -195,15 +201,7 @@ class LookupViT(nn.Module):
         self.head = nn.Linear(self.dim, num_classes, device=device) if num_classes else nn.Identity()
         self.head.apply(initialize)
 
-
-def initialize(module: nn.Module) -> None:
-    """As timm's ViT: small linear weights, no bias."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-# %% ../../nbs/reduce/lookupvit.ipynb #cell-029
+# %% ../../nbs/reduce/lookupvit.ipynb #cell-031
 @register_model
 def lookupvit_tiny(pretrained: bool = False, **kwargs) -> LookupViT:
     """`timm.create_model("lookupvit_tiny")`: width 192, 12 blocks, 7 x 7 compressed tokens; keywords are LookupViT's. No pretrained weights exist."""
