@@ -1,6 +1,5 @@
 """MCTF: the three criteria, matching both ways, fused values and attention, the consistency loss, the plug-in on real architectures, and every refusal."""
 import math
-import warnings
 
 import pytest
 import timm
@@ -12,7 +11,7 @@ from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import Reducer, reduce_model
 from tokenkit.reduce.matching import Assignment, bipartite_soft_matching
 from tokenkit.reduce.mctf import MCTF, TwoPasses, bidirectional_matching, consistency_loss, fuse, fusion_weights, one_step_ahead_attention
-from vits import ARCHITECTURES, images, normal, vit
+from vits import ARCHITECTURES, assert_exports_and_compiles, images, normal, vit
 
 SEED, PREFIX = st.integers(0, 2**16), st.integers(0, 3)
 
@@ -394,13 +393,7 @@ def test_queries_learn_through_the_reused_attention():
 def test_export_and_compile():
     model = vit(depth=2)
     reduced, x = reduce_model(model, mctf(layers=[1])), images(model)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        want = reduced(x)
-        program = torch.export.export(reduced, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-        assert torch.allclose(program.module()(x[:1]), want[:1], atol=1e-5)
-        torch._dynamo.reset()
-        assert torch.allclose(torch.compile(reduced, backend="eager", fullgraph=True)(x), want, atol=1e-5)
+    assert_exports_and_compiles(reduced, x)
 
 
 def test_strength():

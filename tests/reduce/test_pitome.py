@@ -1,6 +1,5 @@
 """PiToMe: energy, both forms of the matching, the spectral distance, the plug-in on real architectures, and every refusal."""
 import math
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import Reducer, Tokens, reduce_model
 from tokenkit.reduce.matching import Assignment, bipartite_soft_matching
 from tokenkit.reduce.pitome import PiToMe, energy_score, pairs_per_block, pairs_to_merge, pitome_matching, spectral_distance
-from vits import ARCHITECTURES, Watch, images, normal, vit
+from vits import ARCHITECTURES, Watch, assert_exports_and_compiles, images, normal, vit
 
 CASES = dict(B=st.integers(1, 3), M=st.integers(1, 24), P=st.integers(0, 3), ratio=st.floats(0.5, 1.0), margin=st.floats(-1, 1),
              alpha=st.floats(0.1, 3.0), bsm=st.booleans(), seed=st.integers(0, 2**16))
@@ -332,13 +331,7 @@ def test_training_reaches_every_weight():
 def test_export_and_compile():
     model = vit(depth=2)
     reduced, x = reduce_model(model, PiToMe(0.8)), images(model)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        want = reduced(x)
-        program = torch.export.export(reduced, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-        assert torch.allclose(program.module()(x[:1]), want[:1], atol=1e-5)
-        torch._dynamo.reset()
-        assert torch.allclose(torch.compile(reduced, backend="eager", fullgraph=True)(x), want, atol=1e-5)
+    assert_exports_and_compiles(reduced, x)
 
 
 def test_strength():

@@ -1,6 +1,5 @@
 """PYRA: the two vectors, merging with re-activated sources, the plug-in on real architectures, LoRA around it, and every refusal."""
 import math
-import warnings
 
 import pytest
 import timm
@@ -13,7 +12,7 @@ from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import ToMe, Tokens, reduce_model
 from tokenkit.reduce.matching import Assignment, bipartite_soft_matching, identity
 from tokenkit.reduce.pyra import PYRA, PYRAModulation, add_lora, load_trained, merge_reactivated, reactivate, trained_state
-from vits import ARCHITECTURES, images, normal, vit
+from vits import ARCHITECTURES, assert_exports_and_compiles, images, normal, vit
 
 SHAPES = dict(B=st.integers(1, 3), r=st.integers(1, 7), C=st.integers(1, 9), seed=st.integers(0, 2**16))
 
@@ -300,13 +299,7 @@ def test_cost():
 def test_export_and_compile():
     model = vit(depth=2)
     reduced, x = reduce_model(model, woken([5, 2])).requires_grad_(False), images(model)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        want = reduced(x)
-        program = torch.export.export(reduced, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-        assert torch.allclose(program.module()(x[:1]), want[:1], atol=1e-5)
-        torch._dynamo.reset()
-        assert torch.allclose(torch.compile(reduced, backend="eager", fullgraph=True)(x), want, atol=1e-5)
+    assert_exports_and_compiles(reduced, x)
 
 
 # LoRA around it

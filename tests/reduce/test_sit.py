@@ -1,7 +1,6 @@
 """SiT: soft mixing, the slimming and reverse modules, the distillation loss, the plug-in on real architectures, and every refusal."""
 import copy
 import math
-import warnings
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import Reducer, reduce_model
 from tokenkit.reduce.sit import Recalibration, ReverseTokenSlimming, SiT, TokenSlimming, recalibration_loss, slim_tokens
-from vits import ARCHITECTURES, Watch, images, normal, vit
+from vits import ARCHITECTURES, Watch, assert_exports_and_compiles, images, normal, vit
 
 SEED = st.integers(0, 2**16)
 SHAPES = dict(B=st.integers(1, 3), N=st.integers(1, 12), C=st.integers(1, 6), share=st.floats(0, 1), seed=SEED)
@@ -333,10 +332,4 @@ def test_state_dict_goes_round():
 def test_export_and_compile():
     model = vit(depth=2)
     reduced, x = reduce_model(model, sit_for(model, (1,))), images(model)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        want = reduced(x)
-        program = torch.export.export(reduced, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-        assert torch.allclose(program.module()(x[:1]), want[:1], atol=1e-5)
-        torch._dynamo.reset()
-        assert torch.allclose(torch.compile(reduced, backend="eager", fullgraph=True)(x), want, atol=1e-5)
+    assert_exports_and_compiles(reduced, x)

@@ -1,5 +1,4 @@
 """STViT: pooling, the block that looks elsewhere, the two looks, the plug-in on real architectures, recovery, and every refusal."""
-import warnings
 
 import pytest
 import timm
@@ -11,7 +10,7 @@ from torch import nn
 from tokenkit.core.measure import flops
 from tokenkit.reduce.engine import reduce_model
 from tokenkit.reduce.stvit import CrossBlock, SemanticTokens, STViT, convert, cross_block, pool_semantic_tokens
-from vits import ARCHITECTURES, Watch, images, normal, vit
+from vits import ARCHITECTURES, Watch, assert_exports_and_compiles, images, normal, vit
 
 SEED = st.integers(0, 2**16)
 
@@ -287,13 +286,7 @@ def test_cost_and_export():
     assert flops(reduce_model(model, STViT(48, 3, 0)), x) < 0.65 * flops(model, x)
     reduced = reduce_model(vit(), woken(STViT(48, 3, 0, (2, 2), recover=True))).eval().requires_grad_(False)
     x = images(reduced.vit)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        want = reduced(x)
-        program = torch.export.export(reduced, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-        assert torch.allclose(program.module()(x[:1]), want[:1], atol=1e-5)
-        torch._dynamo.reset()
-        assert torch.allclose(torch.compile(reduced, backend="eager", fullgraph=True)(x), want, atol=1e-5)
+    assert_exports_and_compiles(reduced, x)
 
 
 # from a trained model

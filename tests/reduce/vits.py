@@ -1,4 +1,6 @@
 """Small timm ViTs of many kinds, their images, and a watch for attention maps: for the tests of all reduction methods."""
+import warnings
+
 import timm
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +37,17 @@ def vit(kind="vit", **changes):
 
 def images(model, batch=2):
     return normal(batch, 3, *model.patch_embed.img_size, seed=1, dtype=torch.float32)
+
+
+def assert_exports_and_compiles(reduced, x):
+    """The model runs the same after torch.export, for another batch size, and under torch.compile as one graph."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = reduced(x)
+        program = torch.export.export(reduced, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+        assert torch.allclose(program.module()(x[:1]), want[:1], atol=1e-5)
+        torch._dynamo.reset()
+        assert torch.allclose(torch.compile(reduced, backend="eager", fullgraph=True)(x), want, atol=1e-5)
 
 
 class Watch(TorchDispatchMode):
